@@ -1,0 +1,42 @@
+// The table of contents: every op of torch.ops.unmask, one schema each. Semantics: python/unmask/reference.py (the definition in plain
+// PyTorch) and python/unmask/ops.py (typed wrappers, shapes, errors). Adding an op: here, cpu/<op>.cpp, cuda/<op>.cu(h),
+// ops.py + reference.py, tests/test_op_<op>.py + bench/bench_op_<op>.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(unmask, m) {
+  // Run-time facts: ISA, CUDA architectures, ABI target (csrc/cpu/info.cpp lists the codes).
+  m.def("info(int what) -> int");
+
+  // One counter-based uniform per entry, keyed by (seed, step, pos).
+  m.def("uniform(Tensor seed, Tensor step, Tensor pos) -> Tensor");
+
+  // Per-head q/k RMSNorm (optional) + RoPE at each token's position, K and V written in place into the cache; returns rotated q.
+  m.def(
+      "rope_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor row, Tensor pos, Tensor slot, "
+      "Tensor? v_slot, Tensor? q_weight, Tensor? k_weight, Tensor inv_freq, float eps, Tensor(c!)? status=None) -> Tensor");
+
+  // Packed query tokens against segments of the cache, non-causal, GQA; q_end and a small mask restrict single tokens. -> (out, lse)
+  m.def(
+      "block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_q, Tensor kv_row, Tensor seg, Tensor? q_end, "
+      "Tensor? mask, float scale, Tensor(a!)? status=None) -> (Tensor, Tensor)");
+
+  // One read of the logits: token, (p, p1, p2, entropy, logsumexp), status, log-probability and logit at ids, top-k.
+  m.def(
+      "logit_stats(Tensor logits, Tensor? rows, Tensor? forbid, Tensor? suppress, Tensor? bias_ids, Tensor? bias, Tensor? ids, "
+      "int topk, float temperature, Tensor? seed, Tensor? step, Tensor? pos) "
+      "-> (Tensor token, Tensor stats, Tensor status, Tensor at_ids, Tensor topk_id, Tensor topk_logit)");
+
+  // The same reduction over one vocabulary tile, folded into a running state (head_stats is built on it), and its end.
+  m.def(
+      "stats_tile(Tensor logits, Tensor(a!) state, Tensor(b!)? id_logit, int offset, int vocab, Tensor? forbid, Tensor? suppress, "
+      "Tensor? bias_ids, Tensor? bias, Tensor? ids, int topk, float temperature, Tensor? seed, Tensor? step, Tensor? pos) -> ()");
+  m.def(
+      "stats_finish(Tensor state, Tensor? id_logit, int topk) "
+      "-> (Tensor token, Tensor stats, Tensor status, Tensor at_ids, Tensor topk_id, Tensor topk_logit)");
+
+  // Order eligible positions by (score desc, position asc), apply the rule, write tokens in place. -> (committed, count, left)
+  m.def(
+      "commit(Tensor(a!) canvas, Tensor(b!) masked, Tensor cu, Tensor row, Tensor pos, Tensor token, Tensor score, Tensor? cost, "
+      "Tensor? eligible, Tensor? editable, int rule, float[] params, Tensor? quota, Tensor? threshold, Tensor(c!)? status=None) "
+      "-> (Tensor committed, Tensor count, Tensor left)");
+}

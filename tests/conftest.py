@@ -1,0 +1,30 @@
+"""Shared test set-up: hypothesis profiles (>= 200 examples everywhere), seeds, thread count."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # tests import tests/native.py and friends by name
+
+settings.register_profile("default", max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+settings.register_profile("long", parent=settings.get_profile("default"), max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's thread count for a test and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
