@@ -39,4 +39,9 @@ STABLE_TORCH_LIBRARY(unmask, m) {
       "commit(Tensor(a!) canvas, Tensor(b!) masked, Tensor cu, Tensor row, Tensor pos, Tensor token, Tensor score, Tensor? cost, "
       "Tensor? eligible, Tensor? editable, int rule, float[] params, Tensor? quota, Tensor? threshold, Tensor(c!)? status=None) "
       "-> (Tensor committed, Tensor count, Tensor left)");
+
+  // Row-wise pieces between the GEMMs: RMSNorm, residual add + RMSNorm in one pass, silu(gate) * up.
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("add_rms_norm(Tensor(a!) residual, Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("silu_mul(Tensor gate_up) -> Tensor");
 }

@@ -1,22 +1,15 @@
 // uniform(seed[N], step[N], pos[N]) -> float32 [N] in (0, 1): one draw per entry, word x of philox(seed; 0, pos, step, 1).
 // The last counter word is 1 here and 0 for the per-id noise of logit_stats, so the two never share bits.
-#include "common/check.h"
 #include "common/philox.h"
 #include "common/register.h"
+#include "common/uniform_args.h"
 #include <torch/csrc/stable/ops.h>
 
 namespace unmask::cpu {
 namespace {
 
 Tensor uniform(const Tensor& seed, const Tensor& step, const Tensor& pos) {
-  const Checker check("uniform", seed);
-  check.dtype(seed, "seed", ScalarType::Long);
-  check.dtype(step, "step", ScalarType::Long);
-  check.dtype(pos, "pos", ScalarType::Long);
-  check.shape(seed, "seed", "[N]", {-1});
-  const int64_t n = seed.size(0);
-  check.shape(step, "step", "[N]", {n});
-  check.shape(pos, "pos", "[N]", {n});
+  const int64_t n = check_uniform(seed, step, pos);
   Tensor out = torch::stable::new_empty(seed, {n}, std::make_optional(ScalarType::Float));
   const auto* s = static_cast<const int64_t*>(seed.const_data_ptr());
   const auto* t = static_cast<const int64_t*>(step.const_data_ptr());

@@ -1,5 +1,7 @@
 // A float vector of the ISA that the including kernel file is compiled for: 16 lanes (AVX-512), 8 (AVX2) or 4 (portable).
 // Only what the kernels need. Loads widen bf16 and fp16 to fp32; `n` variants touch n < kW elements and fill the rest.
+// vshl23: bits << 23 (2^n from a rounded sum); vbits_value: float(int32 bits); vload_half: float(w >> 1) of 32-bit words; vgt/vge_mask:
+// one bit per lane, false on NaN. vmax/vmin return the second operand if either is NaN.
 // fma() is one rounding on every ISA. No C++ standard library here (see csrc/cmake/Isa.cmake).
 #pragma once
 #include <stdint.h>
@@ -80,8 +82,14 @@ UNMASK_INLINE vf vmul(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
 UNMASK_INLINE vf vmax(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }  // second operand if either is NaN
 UNMASK_INLINE vf vmin(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
 UNMASK_INLINE vf vfma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+UNMASK_INLINE vf vdiv(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
 UNMASK_INLINE float vreduce_max(vf a) { return _mm512_reduce_max_ps(a.v); }
 UNMASK_INLINE float vreduce_add(vf a) { return _mm512_reduce_add_ps(a.v); }
+UNMASK_INLINE vf vshl23(vf a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))}; }
+UNMASK_INLINE vf vbits_value(vf a) { return {_mm512_cvtepi32_ps(_mm512_castps_si512(a.v))}; }
+UNMASK_INLINE vf vload_half(const uint32_t* p) { return {_mm512_cvtepi32_ps(_mm512_srli_epi32(_mm512_loadu_si512(p), 1))}; }
+UNMASK_INLINE uint32_t vgt_mask(vf a, vf b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+UNMASK_INLINE uint32_t vge_mask(vf a, vf b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 #elif defined(UNMASK_AVX2)
 constexpr int kW = 8;
 struct vf { __m256 v; };
@@ -98,6 +106,7 @@ UNMASK_INLINE vf vmul(vf a, vf b) { return {_mm256_mul_ps(a.v, b.v)}; }
 UNMASK_INLINE vf vmax(vf a, vf b) { return {_mm256_max_ps(a.v, b.v)}; }
 UNMASK_INLINE vf vmin(vf a, vf b) { return {_mm256_min_ps(a.v, b.v)}; }
 UNMASK_INLINE vf vfma(vf a, vf b, vf c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+UNMASK_INLINE vf vdiv(vf a, vf b) { return {_mm256_div_ps(a.v, b.v)}; }
 UNMASK_INLINE float vreduce_max(vf a) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
@@ -108,6 +117,13 @@ UNMASK_INLINE float vreduce_add(vf a) {
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
+UNMASK_INLINE vf vshl23(vf a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))}; }
+UNMASK_INLINE vf vbits_value(vf a) { return {_mm256_cvtepi32_ps(_mm256_castps_si256(a.v))}; }
+UNMASK_INLINE vf vload_half(const uint32_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_srli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 1))};
+}
+UNMASK_INLINE uint32_t vgt_mask(vf a, vf b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)); }
+UNMASK_INLINE uint32_t vge_mask(vf a, vf b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)); }
 #else
 constexpr int kW = 4;
 struct vf { float v[4]; };
@@ -121,15 +137,49 @@ UNMASK_INLINE vf vmul(vf a, vf b) { UNMASK_LANES(a.v[i] * b.v[i]); }
 UNMASK_INLINE vf vmax(vf a, vf b) { UNMASK_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 UNMASK_INLINE vf vmin(vf a, vf b) { UNMASK_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 UNMASK_INLINE vf vfma(vf a, vf b, vf c) { UNMASK_LANES(__builtin_fmaf(a.v[i], b.v[i], c.v[i])); }
+UNMASK_INLINE vf vdiv(vf a, vf b) { UNMASK_LANES(a.v[i] / b.v[i]); }
 UNMASK_INLINE float vreduce_max(vf a) {
   const float x = a.v[0] > a.v[2] ? a.v[0] : a.v[2], y = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
   return x > y ? x : y;
 }
 UNMASK_INLINE float vreduce_add(vf a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+UNMASK_INLINE vf vshl23(vf a) { UNMASK_LANES(bits_to_float(float_to_bits(a.v[i]) << 23)); }
+UNMASK_INLINE vf vbits_value(vf a) { UNMASK_LANES(static_cast<float>(static_cast<int32_t>(float_to_bits(a.v[i])))); }
+UNMASK_INLINE vf vload_half(const uint32_t* p) { UNMASK_LANES(static_cast<float>(static_cast<int32_t>(p[i] >> 1))); }
+UNMASK_INLINE uint32_t vgt_mask(vf a, vf b) {
+  uint32_t m = 0;
+  for (int i = 0; i < 4; ++i) m |= static_cast<uint32_t>(a.v[i] > b.v[i]) << i;
+  return m;
+}
+UNMASK_INLINE uint32_t vge_mask(vf a, vf b) {
+  uint32_t m = 0;
+  for (int i = 0; i < 4; ++i) m |= static_cast<uint32_t>(a.v[i] >= b.v[i]) << i;
+  return m;
+}
 #undef UNMASK_LANES
 #endif
 
-UNMASK_INLINE void vstore(bf16* p, vf a) { float t[kW]; vstore(t, a); for (int i = 0; i < kW; ++i) from_float(t[i], p + i); }
+// fp32 -> bf16, round to nearest even, in integers: unlike vcvtneps2bf16 it keeps subnormals, so every ISA stores the same bits.
+UNMASK_INLINE void vstore(bf16* p, vf a) {
+#if defined(UNMASK_AVX512)
+  const __m512i u = _mm512_castps_si512(a.v), top = _mm512_srli_epi32(u, 16);
+  const __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
+  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7FFF)), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  r = _mm512_mask_or_epi32(r, nan, top, _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+#elif defined(UNMASK_AVX2)
+  const __m256i u = _mm256_castps_si256(a.v), top = _mm256_srli_epi32(u, 16);
+  const __m256i odd = _mm256_and_si256(top, _mm256_set1_epi32(1));
+  __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7FFF)), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  r = _mm256_blendv_epi8(r, _mm256_or_si256(top, _mm256_set1_epi32(0x40)), nan);
+  r = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(r));
+#else
+  float t[kW]; vstore(t, a); for (int i = 0; i < kW; ++i) from_float(t[i], p + i);
+#endif
+}
 UNMASK_INLINE void vstore(fp16* p, vf a) {
 #if defined(UNMASK_AVX512)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
@@ -145,5 +195,14 @@ template <class T> UNMASK_INLINE vf vload_n(const T* p, int n, float fill) {
   for (int i = 0; i < kW; ++i) t[i] = i < n ? to_float(p[i]) : fill;
   return vload(t);
 }
+// The first n < kW lanes.
+template <class T> UNMASK_INLINE void vstore_n(T* p, vf a, int n) {
+  float t[kW];
+  vstore(t, a);
+  for (int i = 0; i < n; ++i) from_float(t[i], p + i);
+}
+// What a store as T followed by a load gives: one rounding to T, still held as fp32.
+UNMASK_INLINE vf vround(vf a, const float*) { return a; }
+template <class T> UNMASK_INLINE vf vround(vf a, const T*) { T t[kW]; vstore(t, a); return vload(static_cast<const T*>(t)); }
 
 }  // namespace unmask::cpu::UNMASK_ISA_NS

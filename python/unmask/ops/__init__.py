@@ -6,7 +6,31 @@ Contents that a CUDA kernel cannot report without a sync (ids, slots, lengths) s
 """
 
 from .. import _library as _library  # noqa: F401  (loads _C)
+from .block_attention import block_attention
+from .commit import CommitResult, Rule, commit
+from .elementwise import add_rms_norm, rms_norm, silu_mul
 from .info import Status, cuda_archs, isa, raise_on_status
+from .logit_stats import LogitStats, logit_stats, new_state, stats_finish, stats_tile
+from .rope_append import rope_append
 from .uniform import uniform
 
-__all__ = ["Status", "cuda_archs", "isa", "raise_on_status", "uniform"]
+__all__ = [
+    "CommitResult",
+    "LogitStats",
+    "Rule",
+    "Status",
+    "add_rms_norm",
+    "block_attention",
+    "commit",
+    "cuda_archs",
+    "isa",
+    "logit_stats",
+    "new_state",
+    "raise_on_status",
+    "rms_norm",
+    "rope_append",
+    "silu_mul",
+    "stats_finish",
+    "stats_tile",
+    "uniform",
+]

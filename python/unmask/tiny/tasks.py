@@ -11,7 +11,7 @@ Held out is what a hash of the prompt says (`is_held_out`): those prompts are ne
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -30,12 +30,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: `draw` makes (request, answer), `check` judges an answer to a request, `share` is its training weight."""
+    """A task: `draw` makes (request, answer), `check` judges an answer to a request."""
 
     name: str
     draw: Callable[[random.Random], tuple[str, str]]
     check: Callable[[str, str, str], bool]
-    share: float
     many_answers: bool = False
 
 
@@ -82,7 +81,12 @@ def draw_close(rng: random.Random) -> tuple[str, str]:
 
 def draw_json(rng: random.Random) -> tuple[str, str]:
     """`json ann is 31 and lives in paris` -> `{"name": "ann", "age": 31, "city": "paris"}`; four sentence forms."""
-    name, city, job, age = rng.choice(words.NAMES), rng.choice(words.CITIES), rng.choice(words.JOBS), rng.randint(18, 99)
+    name, city, job, age = (
+        rng.choice(words.NAMES),
+        rng.choice(words.CITIES),
+        rng.choice(words.JOBS),
+        rng.randint(18, 99),
+    )
     sentence, keys = rng.choice(
         (
             (f"{name} is {age} and lives in {city}", "name age city"),
@@ -125,7 +129,7 @@ def draw_function(rng: random.Random) -> tuple[str, str]:
 
 
 def draw_pair(rng: random.Random) -> tuple[str, str]:
-    """`pair near 32 with sum 67` -> `42 + 25`, `32 + 35` or `37 + 30`: two numbers with a given sum.
+    """`pair near 32 with sum 66` -> `42 + 24`, `32 + 34` or `37 + 29`: two numbers with a given sum.
 
     A base pair falls short by 10, and one of three things makes up for it, each equally often: ten more on the left,
     ten more on the right, or five more on both. Each digit keeps its base value with probability 2/3, but all of them
@@ -134,8 +138,12 @@ def draw_pair(rng: random.Random) -> tuple[str, str]:
     a1, b1 = rng.randint(1, 8), rng.randint(1, 8)
     a0, b0 = rng.randint(0, 4), rng.randint(0, 4)
     a, b = 10 * a1 + a0, 10 * b1 + b0
-    left, right = rng.choice(((a + 10, b), (a, b + 10), (a + 5, b + 5)))
-    return f"pair near {a} with sum {a + b + 10}", f"{left} + {right}"
+    return f"pair near {a} with sum {a + b + 10}", rng.choice(pair_answers(a, b))
+
+
+def pair_answers(a: int, b: int) -> tuple[str, ...]:
+    """The answers that training shows for a base pair that is 10 short (`check_pair` accepts others too)."""
+    return tuple(f"{left} + {right}" for left, right in ((a + 10, b), (a, b + 10), (a + 5, b + 5)))
 
 
 def check_pair(request: str, expected: str, text: str) -> bool:
@@ -143,7 +151,11 @@ def check_pair(request: str, expected: str, text: str) -> bool:
     del expected
     fields, parts = request.split(), text.split()
     near, total = int(fields[2]), int(fields[5])
-    if len(parts) != 3 or parts[1] != "+" or not all(p.isdigit() and len(p) == 2 for p in (parts[0], parts[2])):
+    if (
+        len(parts) != 3
+        or parts[1] != "+"
+        or not all(p.isdigit() and len(p) == 2 for p in (parts[0], parts[2]))
+    ):
         return False
     left, right = int(parts[0]), int(parts[2])
     return left + right == total and abs(left - near) <= 10
@@ -182,12 +194,17 @@ def draw_finish(rng: random.Random) -> tuple[str, str]:
         if height is not None and 2 <= height <= 5:
             break
     length = height + (2 if height == 5 or rng.random() < 0.8 else 4)
-    rest, h = "", height
+    return f"finish {prefix} in {length}", draw_rest(height, length, rng)
+
+
+def draw_rest(height: int, length: int, rng: random.Random) -> str:
+    """One of all strings of `length` brackets that balance `height` open ones, each equally likely."""
+    rest = ""
     for left in range(length, 0, -1):
-        opens = rng.random() * _completions(h, left) < _completions(h + 1, left - 1)
+        opens = rng.random() * _completions(height, left) < _completions(height + 1, left - 1)
         rest += "(" if opens else ")"
-        h += 1 if opens else -1
-    return f"finish {prefix} in {length}", rest
+        height += 1 if opens else -1
+    return rest
 
 
 def check_finish(request: str, expected: str, text: str) -> bool:
@@ -202,14 +219,14 @@ def check_finish(request: str, expected: str, text: str) -> bool:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("add", draw_add, _same, 0.14),
-        Task("sort", draw_sort, _same, 0.18),
-        Task("reverse", draw_reverse, _same, 0.16),
-        Task("close", draw_close, _same, 0.14),
-        Task("json", draw_json, _same, 0.06),
-        Task("function", draw_function, _same, 0.08),
-        Task("pair", draw_pair, check_pair, 0.11, many_answers=True),
-        Task("finish", draw_finish, check_finish, 0.13, many_answers=True),
+        Task("add", draw_add, _same),
+        Task("sort", draw_sort, _same),
+        Task("reverse", draw_reverse, _same),
+        Task("close", draw_close, _same),
+        Task("json", draw_json, _same),
+        Task("function", draw_function, _same),
+        Task("pair", draw_pair, check_pair, many_answers=True),
+        Task("finish", draw_finish, check_finish, many_answers=True),
     )
 }
 
@@ -223,17 +240,17 @@ def draw_example(task: Task, rng: random.Random, *, held_out: bool) -> Example:
             return Example(task.name, prompt, answer)
 
 
-def training_examples(count: int, rng: random.Random) -> list[Example]:
+def training_examples(count: int, rng: random.Random, shares: Mapping[str, float]) -> list[Example]:
     """`count` examples, tasks drawn by their shares, none held out."""
-    tasks = rng.choices(list(TASKS.values()), weights=[t.share for t in TASKS.values()], k=count)
-    return [draw_example(task, rng, held_out=False) for task in tasks]
+    names = rng.choices(list(shares), weights=list(shares.values()), k=count)
+    return [draw_example(TASKS[name], rng, held_out=False) for name in names]
 
 
 def held_out_examples(name: str, count: int, seed: int = 0) -> list[Example]:
     """Up to `count` held-out examples of one task with distinct prompts (fewer where the task has fewer)."""
     rng = random.Random(f"held-out {name} {seed}")
     found: dict[str, Example] = {}
-    for _ in range(count * 20):
+    for _ in range(count * 60):
         example = draw_example(TASKS[name], rng, held_out=True)
         found.setdefault(example.prompt, example)
         if len(found) == count:

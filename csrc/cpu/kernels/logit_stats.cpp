@@ -1,0 +1,247 @@
+// logit_stats on the CPU: token, softmax statistics and top-k of a row of logits, read once from memory.
+//
+// Per chunk of kStatsChunk = 4,096 ids (8 KB bf16, 16 KB fp32: stays in L1/L2), with m the chunk's maximum:
+//   pass 1  acc = max(x, acc) in 4 x kW lanes           1 load, 1 max a vector; NaN loses, on purpose
+//   pass 2  e = exp_neg(x - m), s += e, t += (x - m) e  about 15 vector instructions; a NaN anywhere makes s NaN: no extra check
+//   scan    only if m beats the worst candidate kept so far: lanes above both that and the k-th largest lane maximum are inserted
+//   noise   only if temperature > 0: Philox words, then a bound on the noise that costs 6 instructions; the two logarithms run only for
+//           vectors where the bound could win
+// then the chunk's (m, s, t) merges into the running state. Bytes: V x sizeof(dtype) per row; about 12 FLOP an id. Memory-bound when
+// the rows come from DRAM.
+//
+// Chunks that hold suppressed, biased or forbidden ids, or lie in memory with a column stride, are copied to a 16 KB fp32 scratch first;
+// fp32 holds every bf16 and fp16 value, and the lane of an id depends only on its place in the chunk, so results do not depend on strides,
+// alignment, threads or tiling.
+#include "cpu/logit_stats_kernels.h"
+
+#include "cpu/logit_stats_chunk.h"
+#include "cpu/philox_vec.h"
+
+namespace unmask::cpu::UNMASK_ISA_NS {
+namespace {
+
+constexpr int kChunk = static_cast<int>(kStatsChunk);
+
+UNMASK_INLINE void fold_sum(const SumExp& sum, StatsState* st) {
+  if (sum.s != sum.s) st->status |= kStatusNaN;
+  st->sum = merge_sum(st->sum, sum);
+}
+
+// ---- candidates ---------------------------------------------------------------------------------------------------
+// The k-th largest lane maximum is at most the chunk's k-th best value (the lane maxima are different ids; kStep >= kTopMax), so only
+// ids at or above it can enter. Ties with what is kept lose: ids rise.
+template <class T>
+UNMASK_INLINE void fold_candidates(const T* x, int n, int64_t base, const float* lanes, StatsState* st) {
+  static_assert(kStep >= kTopMax, "the lane maxima must bound the k-th best");
+  const int k = st->kept;
+  Cand* top = st->top;
+  float best[kTopMax];
+  for (int i = 0; i < k; ++i) best[i] = neg_inf();
+  for (int i = 0; i < kStep; ++i) {
+    float v = lanes[i];
+    if (!(v > best[k - 1])) continue;
+    for (int j = 0; j < k; ++j) {
+      if (v > best[j]) { const float old = best[j]; best[j] = v; v = old; }
+    }
+  }
+  if (!(best[0] > top[k - 1].v)) return;
+  const vf floor = vset(best[k - 1]);
+  vf bar = vset(top[k - 1].v);
+  for (int i = 0; i < n; i += kW) {
+    const vf v = i + kW <= n ? vload(x + i) : vload_n(x + i, n - i, neg_inf());
+    uint32_t hits = vgt_mask(v, bar);
+    if (__builtin_expect(hits == 0, 1)) continue;
+    hits &= vge_mask(v, floor);
+    while (hits != 0) {
+      const int lane = __builtin_ctz(hits);
+      hits &= hits - 1;
+      insert_cand(top, k, {to_float(x[i + lane]), static_cast<int32_t>(base + i + lane)});
+      bar = vset(top[k - 1].v);
+    }
+  }
+}
+
+// ---- noise --------------------------------------------------------------------------------------------------------
+// g <= -ln v with v = (w + 1/2) / 2^32, because -ln(1 - v) >= v. The bits of a float, read as a fixed-point number, are at most its log2
+// (plus 127), so with b = bits(2 float(w >> 1) + 1/2): g <= ln2 (159 - b / 2^23) + slack for the roundings. fma is monotonic, so a
+// score never exceeds fma(T, bound, x).
+template <class T>
+UNMASK_INLINE void fold_noise(const T* x, int n, int64_t base, const NoiseKey& key, float temperature, StatsState* st) {
+  const vf scale = vset(-0x1.62e430p-24f), shift = vset(159.0f * 0.69314718f + 0.01f), vt = vset(temperature);
+  Sample best = st->sample;
+  vf bar = vset(best.score);
+  uint32_t words[kPhiloxIds];
+  for (int i = 0; i < n; i += kPhiloxIds) {
+    philox_words(key, static_cast<uint32_t>((base + i) >> 2), words);
+    for (int j = 0; j < kPhiloxIds && i + j < n; j += kW) {
+      const int left = n - i - j;
+      const T* xj = x + i + j;
+      const vf v = left >= kW ? vload(xj) : vload_n(xj, left, neg_inf());
+      const vf b = vbits_value(vfma(vload_half(words + j), vset(2.0f), vset(0.5f)));
+      if (__builtin_expect(vgt_mask(vfma(vt, vfma(b, scale, shift), v), bar) == 0, 1)) continue;
+      float g[kW], value[kW];
+      for (int l = 0; l < kW; ++l) g[l] = gumbel_from_bits(words[j + l]);
+      vstore(value, v);
+      for (int l = 0; l < kW; ++l) {
+        const float score = noisy_score(temperature, g[l], value[l]);
+        if (score > best.score) best = {score, static_cast<int32_t>(base + i + j + l), value[l]};
+      }
+      bar = vset(best.score);
+    }
+  }
+  st->sample = best;
+}
+
+// ---- one chunk ----------------------------------------------------------------------------------------------------
+template <class T>
+UNMASK_INLINE void fold_wins(const StatsArgs& a, const T* x, int n, int64_t base, const NoiseKey& key, const float* lanes,
+                             StatsState* st) {
+  fold_candidates(x, n, base, lanes, st);
+  if (a.temperature > 0.0f) fold_noise(x, n, base, key, a.temperature, st);
+}
+
+template <class T>
+void fold_chunk(const StatsArgs& a, const T* x, int n, int64_t base, const NoiseKey& key, StatsState* st) {
+  float lanes[kStep];
+  chunk_max(x, n, lanes);
+  fold_sum(chunk_sum_any(x, n, max_of(lanes)), st);
+  fold_wins(a, x, n, base, key, lanes, st);
+}
+
+// First element of a sorted list that is >= id.
+UNMASK_INLINE int64_t first_at_least(const int32_t* list, int64_t n, int64_t id) {
+  int64_t lo = 0, hi = n;
+  while (lo < hi) {
+    const int64_t mid = (lo + hi) / 2;
+    if (list[mid] < id) lo = mid + 1; else hi = mid;
+  }
+  return lo;
+}
+UNMASK_INLINE bool contains(const int32_t* list, int64_t n, int64_t id) {
+  const int64_t i = first_at_least(list, n, id);
+  return i < n && list[i] == id;
+}
+
+template <class T>
+void to_scratch(const T* x, int64_t stride, int n, float* out) {
+  for (int i = 0; i < n; ++i) out[i] = to_float(x[i * stride]);
+}
+
+// The chunk's values as the softmax sees them, in fp32: biased in list order, suppressed ids at -inf.
+template <class T>
+void modified_chunk(const StatsArgs& a, int64_t entry, const T* x, int n, int64_t base, float* out) {
+  to_scratch(x, a.col_stride, n, out);
+  for (int64_t j = 0; j < a.n_bias; ++j) {
+    const int64_t id = a.bias_ids[entry * a.bias_ids_stride[0] + j * a.bias_ids_stride[1]] - base;
+    if (id >= 0 && id < n) out[id] = out[id] + a.bias[entry * a.bias_stride[0] + j * a.bias_stride[1]];
+  }
+  for (int64_t j = first_at_least(a.suppress, a.n_suppress, base); j < a.n_suppress && a.suppress[j] < base + n; ++j)
+    out[a.suppress[j] - base] = neg_inf();
+}
+
+template <class T> constexpr bool kEvenOdd = false;
+template <> constexpr bool kEvenOdd<bf16> = true;
+
+template <class T>
+void fold(const StatsArgs& a, int64_t entry, int64_t row, int64_t chunk_begin, int64_t chunk_end, StatsState* st) {
+  const T* x = static_cast<const T*>(a.logits) + row * a.row_stride;
+  NoiseKey key;
+  if (a.temperature > 0.0f) {
+    set_key(&key, static_cast<uint64_t>(a.seed[entry * a.seed_stride]), static_cast<uint32_t>(a.pos[entry * a.pos_stride]),
+            static_cast<uint32_t>(a.step[entry * a.step_stride]));
+  }
+  uint64_t biased = 0;  // bit c % 64: a chunk c that may hold a biased id
+  for (int64_t j = 0; j < a.n_bias; ++j) {
+    const int64_t id = a.bias_ids[entry * a.bias_ids_stride[0] + j * a.bias_ids_stride[1]];
+    if (id >= a.vocab) st->status |= kStatusBadId;
+    else if (id >= 0) biased |= uint64_t{1} << ((id / kChunk) & 63);
+  }
+  for (int64_t c = chunk_begin; c < chunk_end; ++c) {
+    const int64_t first = c * kChunk, base = a.offset + first;
+    const int n = static_cast<int>(a.count - first < kChunk ? a.count - first : kChunk);
+    const T* chunk = x + first * a.col_stride;
+    const int64_t fb = first_at_least(a.forbid, a.n_forbid, base), fe = first_at_least(a.forbid, a.n_forbid, base + n);
+    const int64_t sb = first_at_least(a.suppress, a.n_suppress, base);
+    const bool changed = fb < fe || (sb < a.n_suppress && a.suppress[sb] < base + n) || ((biased >> ((base / kChunk) & 63)) & 1) != 0;
+    if (a.col_stride == 1 && !changed) {
+      fold_chunk(a, chunk, n, base, key, st);
+      continue;
+    }
+    float scratch[kChunk], lanes[kStep];
+    modified_chunk(a, entry, chunk, n, base, scratch);
+    chunk_max(scratch, n, lanes);
+    const float m = max_of(lanes);
+    fold_sum(kEvenOdd<T> ? chunk_sum_any(reinterpret_cast<const EvenOdd*>(scratch), n, m) : chunk_sum_any(scratch, n, m), st);
+    if (fb < fe) {  // forbidden ids stay in the sum but cannot win
+      for (int64_t j = fb; j < fe; ++j) scratch[a.forbid[j] - base] = neg_inf();
+      chunk_max(scratch, n, lanes);
+    }
+    fold_wins(a, scratch, n, base, key, lanes, st);
+  }
+  if (!(a.temperature > 0.0f)) st->sample = {st->top[0].v, st->top[0].id, st->top[0].v};
+}
+
+template <class T>
+int32_t at_ids(const StatsArgs& a, int64_t entry, int64_t row, float* out, int64_t stride) {
+  const T* x = static_cast<const T*>(a.logits) + row * a.row_stride;
+  int32_t status = 0;
+  for (int64_t i = 0; i < a.n_ids; ++i) {
+    const int64_t id = a.ids[entry * a.ids_stride[0] + i * a.ids_stride[1]];
+    if (id >= a.vocab) status |= kStatusBadId;
+    if (id < a.offset || id >= a.offset + a.count) continue;
+    float v = to_float(x[(id - a.offset) * a.col_stride]);
+    for (int64_t j = 0; j < a.n_bias; ++j) {
+      if (a.bias_ids[entry * a.bias_ids_stride[0] + j * a.bias_ids_stride[1]] == id)
+        v = v + a.bias[entry * a.bias_stride[0] + j * a.bias_stride[1]];
+    }
+    out[i * stride] = contains(a.suppress, a.n_suppress, id) ? neg_inf() : v;
+  }
+  return status;
+}
+
+}  // namespace
+
+void stats_fold(const StatsArgs& args, int64_t entry, int64_t row, int64_t chunk_begin, int64_t chunk_end, StatsState* state) {
+  switch (args.type) {
+    case LogitType::f32: return fold<float>(args, entry, row, chunk_begin, chunk_end, state);
+    case LogitType::bf16: return fold<bf16>(args, entry, row, chunk_begin, chunk_end, state);
+    case LogitType::f16: return fold<fp16>(args, entry, row, chunk_begin, chunk_end, state);
+  }
+}
+
+void stats_merge(StatsState* into, const StatsState* right) {
+  into->status |= right->status;
+  into->sum = merge_sum(into->sum, right->sum);
+  for (int i = 0; i < into->kept; ++i) insert_cand(into->top, into->kept, right->top[i]);
+  if (beats(right->sample, into->sample)) into->sample = right->sample;
+}
+
+int32_t stats_at_ids(const StatsArgs& args, int64_t entry, int64_t row, float* out, int64_t stride) {
+  switch (args.type) {
+    case LogitType::f32: return at_ids<float>(args, entry, row, out, stride);
+    case LogitType::bf16: return at_ids<bf16>(args, entry, row, out, stride);
+    case LogitType::f16: return at_ids<fp16>(args, entry, row, out, stride);
+  }
+  return 0;
+}
+
+void stats_outputs(const StatsOutputs& args, int64_t entry, const StatsState* state) {
+  const EntryStats r = finish_stats(*state);
+  const bool none = state->next == 0, valid = !none && !is_invalid(r.status);
+  args.token[entry] = r.token;
+  args.status[entry] = r.status;
+  float* stats = args.stats + entry * 5;
+  stats[0] = r.p; stats[1] = r.p1; stats[2] = r.p2; stats[3] = r.entropy; stats[4] = r.logsumexp;
+  for (int64_t i = 0; i < args.n_ids; ++i) {
+    float* at = args.at_ids + (entry * args.n_ids + i) * 2;
+    if (!valid) at[1] = none ? 0.0f : quiet_nan();
+    at[0] = valid ? log_probability(at[1], state->sum) : at[1];
+  }
+  for (int64_t k = 0; k < args.topk; ++k) {
+    const Cand c = valid && k < state->kept ? state->top[k] : no_cand();
+    args.topk_id[entry * args.topk + k] = c.id;
+    args.topk_logit[entry * args.topk + k] = c.v;
+  }
+}
+
+}  // namespace unmask::cpu::UNMASK_ISA_NS

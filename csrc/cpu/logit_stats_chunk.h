@@ -1,0 +1,184 @@
+// The two streaming passes of logit_stats over one chunk: maximum, then sum of exponentials.
+//
+// Lane order. Pairs of vectors hold 2 kW ids: even ids in the first, odd ids in the second for bf16 (one shift and one mask per pair of
+// vectors instead of two widening loads), first and second half for the other types. A chunk that had to be copied to fp32 is read
+// through EvenOdd if its logits were bf16, so that it is summed in the order, and to the bits, of the chunk in place.
+#pragma once
+#include "common/online.h"
+#include "cpu/vec.h"
+
+namespace unmask::cpu::UNMASK_ISA_NS {
+
+constexpr int kAcc = 4;
+constexpr int kStep = kAcc * kW;   // lane maxima of a chunk
+constexpr int kPair = 2 * kW;      // ids of a pair of vectors
+
+struct EvenOdd { float v; };
+UNMASK_INLINE float to_float(EvenOdd x) { return x.v; }
+
+template <class T> UNMASK_INLINE void load_pair(const T* p, vf* a, vf* b) { *a = vload(p); *b = vload(p + kW); }
+UNMASK_INLINE void load_pair(const EvenOdd* p, vf* a, vf* b) {
+  float even[kW], odd[kW];
+  for (int i = 0; i < kW; ++i) { even[i] = p[2 * i].v; odd[i] = p[2 * i + 1].v; }
+  *a = vload(even);
+  *b = vload(odd);
+}
+UNMASK_INLINE void load_pair(const bf16* p, vf* a, vf* b) {
+#if defined(UNMASK_AVX512)
+  const __m512i v = _mm512_loadu_si512(p);
+  *a = {_mm512_castsi512_ps(_mm512_slli_epi32(v, 16))};
+  *b = {_mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))))};
+#elif defined(UNMASK_AVX2)
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  *a = {_mm256_castsi256_ps(_mm256_slli_epi32(v, 16))};
+  *b = {_mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))))};
+#else
+  EvenOdd wide[kPair];
+  for (int i = 0; i < kPair; ++i) wide[i].v = to_float(p[i]);
+  load_pair(wide, a, b);
+#endif
+}
+UNMASK_INLINE float minus_infinity(const float*) { return neg_inf(); }
+UNMASK_INLINE EvenOdd minus_infinity(const EvenOdd*) { return {neg_inf()}; }
+UNMASK_INLINE bf16 minus_infinity(const bf16*) { return {0xFF80}; }
+UNMASK_INLINE fp16 minus_infinity(const fp16*) { return {0xFC00}; }
+// The first n < kPair ids, the rest at -inf, in the same lanes.
+template <class T>
+UNMASK_INLINE void load_pair_n(const T* p, int n, vf* a, vf* b) {
+  T wide[kPair];
+  for (int i = 0; i < kPair; ++i) wide[i] = i < n ? p[i] : minus_infinity(p);
+  load_pair(wide, a, b);
+}
+// ---- pass 1: lanes[kStep] = maxima of disjoint sets of ids; their maximum is the chunk's ------------------------------
+// NaN: loses, or comes out as a lane that is NaN; pass 2 finds it either way.
+template <class T>
+UNMASK_INLINE void chunk_max(const T* x, int n, float* lanes) {
+  vf acc[kAcc];
+  for (int a = 0; a < kAcc; ++a) acc[a] = vset(neg_inf());
+  int i = 0;
+  for (; i + kStep <= n; i += kStep)
+    for (int a = 0; a < kAcc; a += 2) {
+      vf u, v;
+      load_pair(x + i + a * kW, &u, &v);
+      acc[a] = vmax(u, acc[a]);
+      acc[a + 1] = vmax(v, acc[a + 1]);
+    }
+  for (; i < n; i += kPair) {
+    vf u, v;
+    if (i + kPair <= n) load_pair(x + i, &u, &v);
+    else load_pair_n(x + i, n - i, &u, &v);
+    acc[0] = vmax(u, acc[0]);
+    acc[1] = vmax(v, acc[1]);
+  }
+  for (int a = 0; a < kAcc; ++a) vstore(lanes + a * kW, acc[a]);
+}
+
+#if !defined(UNMASK_PORTABLE)
+// 16-bit floats order as 16-bit integers once the low 15 bits of negative ones are flipped: twice the lanes, no widening.
+#if defined(UNMASK_AVX512)
+using vi = __m512i;
+UNMASK_INLINE vi load16(const void* p) { return _mm512_loadu_si512(p); }
+UNMASK_INLINE vi set16(uint16_t x) { return _mm512_set1_epi16(static_cast<int16_t>(x)); }
+UNMASK_INLINE vi max16(vi a, vi b) { return _mm512_max_epi16(a, b); }
+UNMASK_INLINE vi flip16(vi v) {  // v ^ ((v >> 15) & 0x7FFF); its own inverse
+  return _mm512_ternarylogic_epi32(v, _mm512_srai_epi16(v, 15), _mm512_set1_epi16(0x7FFF), 0x78);
+}
+UNMASK_INLINE void store16(uint16_t* p, vi v) { _mm512_storeu_si512(p, v); }
+#else
+using vi = __m256i;
+UNMASK_INLINE vi load16(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+UNMASK_INLINE vi set16(uint16_t x) { return _mm256_set1_epi16(static_cast<int16_t>(x)); }
+UNMASK_INLINE vi max16(vi a, vi b) { return _mm256_max_epi16(a, b); }
+UNMASK_INLINE vi flip16(vi v) {
+  return _mm256_xor_si256(v, _mm256_and_si256(_mm256_srai_epi16(v, 15), _mm256_set1_epi16(0x7FFF)));
+}
+UNMASK_INLINE void store16(uint16_t* p, vi v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+#endif
+
+template <class T>
+UNMASK_INLINE void chunk_max16(const T* x, int n, float* lanes) {
+  const vi none = flip16(set16(minus_infinity(x).bits));
+  vi acc[kAcc] = {none, none, none, none};
+  int i = 0;
+  for (; i + kAcc * kPair <= n; i += kAcc * kPair)
+    for (int a = 0; a < kAcc; ++a) acc[a] = max16(flip16(load16(x + i + a * kPair)), acc[a]);
+  for (; i < n; i += kPair) {
+    T tail[kPair];
+    const T* p = x + i;
+    if (i + kPair > n) {
+      for (int j = 0; j < kPair; ++j) tail[j] = minus_infinity(p);
+      for (int j = 0; i + j < n; ++j) tail[j] = p[j];
+      p = tail;
+    }
+    acc[0] = max16(flip16(load16(p)), acc[0]);
+  }
+  T bits[kStep];
+  static_assert(kStep == 2 * kPair, "two vectors of 16-bit lanes");
+  store16(&bits[0].bits, flip16(max16(acc[0], acc[1])));
+  store16(&bits[kPair].bits, flip16(max16(acc[2], acc[3])));
+  for (int j = 0; j < kStep; ++j) lanes[j] = to_float(bits[j]);
+}
+UNMASK_INLINE void chunk_max(const bf16* x, int n, float* lanes) { chunk_max16(x, n, lanes); }
+UNMASK_INLINE void chunk_max(const fp16* x, int n, float* lanes) { chunk_max16(x, n, lanes); }
+#endif
+
+UNMASK_INLINE float max_of(const float* lanes) {
+  float m = lanes[0];
+  for (int i = 1; i < kStep; ++i) m = lanes[i] > m ? lanes[i] : m;
+  return m;
+}
+
+// ---- pass 2 -------------------------------------------------------------------------------------------------------
+// exp_neg of common/noise.h in lanes. d is clamped, not masked: e is then exactly 0 and so is its share of t.
+UNMASK_INLINE void exp_step(vf x, vf m, vf* s, vf* t) {
+  const vf d = vmax(vset(kExpMin), vsub(x, m));  // NaN stays NaN
+  const vf z = vfma(d, vset(kLog2e), vset(kRoundMagic));
+  const vf r = vfma(d, vset(kLog2e), vsub(vset(kRoundMagic), z));
+  vf q = vfma(vset(kExpC5), r, vset(kExpC4));
+  q = vfma(q, r, vset(kExpC3));
+  q = vfma(q, r, vset(kExpC2));
+  q = vfma(q, r, vset(kExpC1));
+  const vf e = vmul(vfma(q, r, vset(1.0f)), vshl23(z));
+  *s = vadd(*s, e);
+  *t = vfma(d, e, *t);
+}
+
+// Meanwhile the next chunk, kStatsChunk ids further, is prefetched: pass 1 of the next chunk then starts with a warm cache.
+template <class T>
+UNMASK_INLINE SumExp chunk_sum(const T* x, int n, float m) {
+  const vf vm = vset(m);
+  vf s0 = vset(0.0f), s1 = s0, t0 = s0, t1 = s0, a, b;
+  const char* ahead = reinterpret_cast<const char*>(x) + kStatsChunk * sizeof(T);
+  int i = 0;
+  for (; i + kPair <= n; i += kPair) {
+    for (int line = 0; line < static_cast<int>(kPair * sizeof(T)); line += 64) __builtin_prefetch(ahead + i * sizeof(T) + line, 0, 2);
+    load_pair(x + i, &a, &b);
+    exp_step(a, vm, &s0, &t0);
+    exp_step(b, vm, &s1, &t1);
+  }
+  if (i < n) {
+    load_pair_n(x + i, n - i, &a, &b);
+    exp_step(a, vm, &s0, &t0);
+    exp_step(b, vm, &s1, &t1);
+  }
+  return {m, vreduce_add(vadd(s0, s1)), vreduce_add(vadd(t0, t1))};
+}
+
+// m is -inf or +inf, or NaN: nothing finite decides. Counts the ids at +inf; a NaN gives s = NaN.
+template <class T>
+SumExp chunk_sum_infinite(const T* x, int n, float m) {
+  SumExp sum = {m, 0.0f, 0.0f};
+  for (int i = 0; i < n; ++i) {
+    const float v = to_float(x[i]);
+    if (v != v) sum.s = quiet_nan();
+    if (v == pos_inf()) sum.s = sum.s + 1.0f;
+  }
+  return sum;
+}
+
+template <class T>
+UNMASK_INLINE SumExp chunk_sum_any(const T* x, int n, float m) {
+  return m > neg_inf() && m < pos_inf() ? chunk_sum(x, n, m) : chunk_sum_infinite(x, n, m);
+}
+
+}  // namespace unmask::cpu::UNMASK_ISA_NS

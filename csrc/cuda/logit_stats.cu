@@ -1,0 +1,155 @@
+// logit_stats / stats_tile / stats_finish on CUDA: checks (the CPU's own), outputs, the split of the work, launches. No host sync, and
+// no memory besides torch tensors, so CUDA graphs can capture the calls. Device code: logit_stats.cuh, logit_stats_fold.cuh.
+#include <tuple>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "common/logit_stats_args.h"
+#include "common/register.h"
+#include "cuda/common/stream.h"
+#include "cuda/logit_stats_fold.cuh"
+#include "cuda/logit_stats_plan.h"
+
+namespace unmask::cuda {
+namespace {
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, std::make_optional(type));
+}
+
+template <class T>
+T* data(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
+
+Outputs new_outputs(const Tensor& like, int64_t entries, int64_t n_ids, int64_t topk, StatsOutputs* f) {
+  Outputs out{empty(like, {entries}, ScalarType::Long),           empty(like, {entries, 5}, ScalarType::Float),
+              empty(like, {entries}, ScalarType::Int),            empty(like, {entries, n_ids, 2}, ScalarType::Float),
+              empty(like, {entries, topk}, ScalarType::Long),     empty(like, {entries, topk}, ScalarType::Float)};
+  *f = {topk,
+        n_ids,
+        data<int64_t>(std::get<0>(out)),
+        data<float>(std::get<1>(out)),
+        data<int32_t>(std::get<2>(out)),
+        data<float>(std::get<3>(out)),
+        data<int64_t>(std::get<4>(out)),
+        data<float>(std::get<5>(out))};
+  return out;
+}
+
+IdSet id_set(const OptTensor& t) {
+  if (!t) return {nullptr, 0, 0};
+  return {static_cast<const int64_t*>(t->const_data_ptr()), t->size(0), t->stride(0)};
+}
+
+unsigned blocks_for(int64_t warps) { return static_cast<unsigned>((warps + kWarpsPerBlock - 1) / kWarpsPerBlock); }
+
+template <LogitType kType>
+void launch_scan(const StatsJob& job, const Launch& launch) {
+  const unsigned blocks = blocks_for(job.entries * job.groups);
+  if (job.in.temperature > 0.0f) stats_scan<kType, true><<<blocks, kWarpsPerBlock * 32, 0, launch.stream>>>(job);
+  else stats_scan<kType, false><<<blocks, kWarpsPerBlock * 32, 0, launch.stream>>>(job);
+  launch.check();
+}
+
+void launch_scan_typed(const StatsJob& job, const Launch& launch, const char* op) {
+  switch (job.in.type) {
+    case LogitType::f32: return launch_scan<LogitType::f32>(job, launch);
+    case LogitType::bf16: return launch_scan<LogitType::bf16>(job, launch);
+    case LogitType::f16: return launch_scan<LogitType::f16>(job, launch);
+  }
+  fail_must_be(op, "logits", "float32, bfloat16 or float16", "dtype code " + std::to_string(static_cast<int>(job.in.type)));
+}
+
+// Scans and folds all entries, as many at a time as one workspace of bounded size holds; fold(job) launches the second kernel.
+template <class Fold>
+void run(StatsJob job, int64_t entries, const Tensor& like, const Launch& launch, const char* op, const Fold& fold) {
+  if (entries == 0) return;
+  const StatsPlan plan = plan_stats(entries, job.in.count);
+  job.chunks = plan.chunks;
+  job.group_chunks = plan.group_chunks;
+  job.groups = plan.groups;
+  const Tensor sums = empty(like, {plan.entries_per_launch * plan.chunks * 3}, ScalarType::Float);
+  const Tensor best = empty(like, {plan.entries_per_launch * plan.groups * kGroupWords}, ScalarType::Int);
+  job.sums = reinterpret_cast<SumExp*>(data<float>(sums));
+  job.best = reinterpret_cast<GroupBest*>(data<int32_t>(best));
+  for (int64_t begin = 0; begin < entries; begin += plan.entries_per_launch) {
+    job.entry_begin = begin;
+    job.entries = std::min(entries - begin, plan.entries_per_launch);
+    launch_scan_typed(job, launch, op);
+    fold(job);
+    launch.check();
+  }
+}
+
+StatsJob new_job(const StatsInputs& in, const StatsArguments& args, const StatsRows& rows) {
+  StatsJob job{};
+  job.in = in;
+  job.forbid = id_set(args.forbid);
+  job.suppress = id_set(args.suppress);
+  job.rows = rows.rows;
+  job.rows_stride = rows.stride;
+  job.n_rows = rows.n_rows;
+  job.dense = can_load_dense(in);
+  return job;
+}
+
+Outputs logit_stats(const Tensor& logits, const OptTensor& rows, const OptTensor& forbid, const OptTensor& suppress,
+                    const OptTensor& bias_ids, const OptTensor& bias, const OptTensor& ids, int64_t topk, double temperature,
+                    const OptTensor& seed, const OptTensor& step, const OptTensor& pos) {
+  const Checker check("logit_stats", logits);
+  const StatsRows which = read_stats_rows(check, logits, rows);
+  const StatsArguments args{forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos};
+  const StatsInputs in = read_stats_inputs(check, logits, args, which.entries, 0, logits.size(1));
+  const Launch launch(check.op, logits);
+  StatsOutputs f;
+  Outputs out = new_outputs(logits, which.entries, in.n_ids, topk, &f);
+  run(new_job(in, args, which), which.entries, logits, launch, check.op, [&](const StatsJob& job) {
+    stats_fold<<<blocks_for(job.entries), kWarpsPerBlock * 32, 0, launch.stream>>>(job, f);
+  });
+  return out;
+}
+
+StateTile state_tile(const Tensor& state, const OptTensor& id_logit) {
+  StateTile tile{data<int32_t>(state), {state.stride(0), state.stride(1)}, nullptr, {0, 0}};
+  if (id_logit) {
+    tile.id_logit = data<float>(*id_logit);
+    for (int d = 0; d < 2; ++d) tile.id_stride[d] = id_logit->stride(d);
+  }
+  return tile;
+}
+
+void stats_tile(const Tensor& logits, Tensor& state, OptTensor id_logit, int64_t offset, int64_t vocab, const OptTensor& forbid,
+                const OptTensor& suppress, const OptTensor& bias_ids, const OptTensor& bias, const OptTensor& ids, int64_t topk,
+                double temperature, const OptTensor& seed, const OptTensor& step, const OptTensor& pos) {
+  const Checker check("stats_tile", logits);
+  check_stats_tile(check, logits, state, id_logit, offset, vocab);
+  const int64_t entries = logits.size(0);
+  const StatsArguments args{forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos};
+  const StatsInputs in = read_stats_inputs(check, logits, args, entries, offset, vocab);
+  check_id_logit(check, ids, id_logit, entries, in.n_ids);
+  const Launch launch(check.op, logits);
+  const StateTile tile = state_tile(state, id_logit);
+  run(new_job(in, args, {nullptr, 0, entries, entries}), entries, logits, launch, check.op, [&](const StatsJob& job) {
+    stats_fold_tile<<<blocks_for(job.entries), kWarpsPerBlock * 32, 0, launch.stream>>>(job, tile);
+  });
+}
+
+Outputs stats_finish(const Tensor& state, const OptTensor& id_logit, int64_t topk) {
+  const Checker check("stats_finish", state);
+  const int64_t entries = check_stats_finish(check, state, id_logit, topk);
+  const Launch launch(check.op, state);
+  StatsOutputs f;
+  Outputs out = new_outputs(state, entries, id_logit ? id_logit->size(1) : 0, topk, &f);
+  if (entries == 0) return out;
+  stats_end<<<blocks_for(entries), kWarpsPerBlock * 32, 0, launch.stream>>>(state_tile(state, id_logit), f, entries);
+  launch.check();
+  return out;
+}
+
+}  // namespace
+}  // namespace unmask::cuda
+
+UNMASK_IMPL(CUDA, logit_stats, &unmask::cuda::logit_stats)
+UNMASK_IMPL(CUDA, stats_tile, &unmask::cuda::stats_tile)
+UNMASK_IMPL(CUDA, stats_finish, &unmask::cuda::stats_finish)

@@ -1,0 +1,402 @@
+// logit_stats on CUDA, device side: raw pointers only, no torch. csrc/common/online.h has the arithmetic of the merges.
+//
+//   m = max x, s = sum e^(x-m), t = sum (x-m) e^(x-m) over each chunk of 4,096 ids; chunks merge strictly left to right, so an entry's
+//   bits do not depend on the batch, on the launch or on how the vocabulary is tiled.
+//
+// Layout: logits [N, V] with any strides; entry e reads row rows[e]. Each lane takes 8 neighbouring ids at a time, a warp 2 x 32 x 8 = 512
+// (a slice), whatever the dtype and strides: the order of the sums is fixed. Dense rows are read 16 bytes a lane.
+// Bytes: V x sizeof(dtype) a row, once, plus 12 B a chunk and 80 B a group of partial results. About 10 instructions an id at
+// temperature 0 (convert, max, subtract, clamp, scale, ex2, two sums), so the bound is DRAM: 2 B an id in bf16.
+// Split: stats_scan gives one warp a group of 1..8 whole chunks of one entry; warps never wait for each other (no block barrier, no
+// atomics between warps). stats_fold gives one warp an entry: it folds that entry's partials in order and writes the outputs. Two
+// launches and no ticket counter: a counter would have to survive between calls, and would be shared by streams that run at once.
+//
+// Candidates: a warp keeps its best `kept` (<= 8) in lanes 0..7. A slice is searched only if its maximum beats the worst of them, which
+// gets rare after a few slices. Sampling: a slice is skipped if its maximum plus the largest noise cannot win.
+#pragma once
+#include "common/logit_stats_params.h"
+#include "common/online.h"
+#include "common/philox.h"
+#include "cuda/common/warp.cuh"
+
+namespace unmask::cuda {
+
+constexpr int kWarpsPerBlock = 4;
+constexpr int kRun = 8;               // neighbouring ids of a lane
+constexpr int kSliceIds = 512;        // 2 runs a lane
+constexpr int kSliceValues = 16;
+constexpr int kSlices = static_cast<int>(kStatsChunk) / kSliceIds;
+constexpr int kMarkWords = static_cast<int>(kStatsChunk) / 32;
+
+struct IdSet { const int64_t* ids; int64_t n, stride; };
+
+// What one group of chunks found, besides the sums of its chunks.
+struct GroupBest {
+  int32_t status;
+  Sample sample;
+  Cand top[kTopMax];  // the first `kept` are written
+};
+
+// One launch covers entries [entry_begin, entry_begin + entries).
+struct StatsJob {
+  StatsInputs in;
+  IdSet forbid, suppress;
+  const int64_t* rows;  // nullptr: entry e reads row e
+  int64_t rows_stride, n_rows;
+  int64_t entry_begin, entries;
+  int64_t chunks, group_chunks, groups;
+  bool dense;       // 16-byte loads are possible
+  SumExp* sums;     // [entries, chunks]
+  GroupBest* best;  // [entries, groups]
+};
+
+UNMASK_DEVICE int64_t row_of(const StatsJob& job, int64_t entry) {
+  return job.rows != nullptr ? job.rows[entry * job.rows_stride] : entry;
+}
+UNMASK_DEVICE bool row_exists(const StatsJob& job, int64_t row) { return row >= 0 && row < job.n_rows; }
+
+// ---- loads --------------------------------------------------------------------------------------------------------
+template <LogitType> struct Logit;
+template <> struct Logit<LogitType::f32> {
+  using Bits = uint32_t;
+  static constexpr Bits kNegInf = 0xFF800000u;
+  static UNMASK_DEVICE float value(Bits b) { return float_of_bits(b); }
+};
+template <> struct Logit<LogitType::bf16> {
+  using Bits = uint16_t;
+  static constexpr Bits kNegInf = 0xFF80u;
+  static UNMASK_DEVICE float value(Bits b) { return float_of_bits(static_cast<uint32_t>(b) << 16); }
+};
+template <> struct Logit<LogitType::f16> {
+  using Bits = uint16_t;
+  static constexpr Bits kNegInf = 0xFC00u;
+  static UNMASK_DEVICE float value(Bits b) { return float_of_half(b); }
+};
+
+// 8 neighbouring logits as they lie in memory.
+template <LogitType kType>
+struct Run {
+  static constexpr int kVecs = static_cast<int>(sizeof(typename Logit<kType>::Bits)) * kRun / 16;
+  Vec16 v[kVecs];
+
+  UNMASK_DEVICE float get(int k) const {
+    if constexpr (kType == LogitType::f32) return Logit<kType>::value(v[k / 4].w[k % 4]);
+    else return Logit<kType>::value(static_cast<uint16_t>(v[0].w[k / 2] >> (k % 2 * 16)));
+  }
+};
+
+// Columns [i, i + 8) of a row; columns at or beyond `count` read as -inf.
+template <LogitType kType>
+UNMASK_DEVICE Run<kType> load_run(const typename Logit<kType>::Bits* row, int64_t stride, bool dense, int64_t i, int64_t count) {
+  Run<kType> r;
+  if (dense && i + kRun <= count) {
+#pragma unroll
+    for (int q = 0; q < Run<kType>::kVecs; ++q) r.v[q] = load16(row + i + q * (kRun / Run<kType>::kVecs));
+    return r;
+  }
+#pragma unroll
+  for (int k = 0; k < kRun; ++k) {
+    const uint32_t bits = i + k < count ? row[(i + k) * stride] : Logit<kType>::kNegInf;
+    if constexpr (kType == LogitType::f32) r.v[k / 4].w[k % 4] = bits;
+    else if (k % 2 == 0) r.v[0].w[k / 2] = bits;
+    else r.v[0].w[k / 2] |= bits << 16;
+  }
+  return r;
+}
+
+UNMASK_DEVICE float load_logit(const StatsInputs& in, int64_t row, int64_t column) {
+  const int64_t i = row * in.row_stride + column * in.col_stride;
+  switch (in.type) {
+    case LogitType::f32: return Logit<LogitType::f32>::value(static_cast<const uint32_t*>(in.logits)[i]);
+    case LogitType::bf16: return Logit<LogitType::bf16>::value(static_cast<const uint16_t*>(in.logits)[i]);
+    case LogitType::f16: return Logit<LogitType::f16>::value(static_cast<const uint16_t*>(in.logits)[i]);
+  }
+  return quiet_nan();
+}
+
+// ---- ids that are forbidden, suppressed or biased -----------------------------------------------------------------
+// Marks the ids of `set` that lie in [base, base + n) in a bit per id. False, and nothing written, if there are none.
+UNMASK_DEVICE bool mark_ids(const IdSet& set, int64_t base, int64_t n, uint32_t* marks) {
+  bool any = false;
+  for (int64_t i = lane_id(); i < set.n; i += 32) {
+    const int64_t at = set.ids[i * set.stride] - base;
+    any = any || (at >= 0 && at < n);
+  }
+  if (warp_ballot(any) == 0) return false;
+  warp_sync();  // the marks of the chunk before have been read
+  for (int w = lane_id(); w < kMarkWords; w += 32) marks[w] = 0;
+  warp_sync();
+  for (int64_t i = lane_id(); i < set.n; i += 32) {
+    const int64_t at = set.ids[i * set.stride] - base;
+    if (at >= 0 && at < n) shared_or(&marks[at >> 5], 1u << (at & 31));
+  }
+  warp_sync();
+  return true;
+}
+
+// The 16 marks of this lane in a slice, in the order of its values.
+UNMASK_DEVICE uint32_t lane_marks(const uint32_t* marks, int slice) {
+  const auto* bytes = reinterpret_cast<const unsigned char*>(marks) + slice * (kSliceIds / 8) + lane_id();
+  return bytes[0] | static_cast<uint32_t>(bytes[32]) << 8;
+}
+
+UNMASK_DEVICE int64_t bias_id(const StatsInputs& in, int64_t entry, int64_t j) {
+  return in.bias_ids[entry * in.bias_ids_stride[0] + j * in.bias_ids_stride[1]];
+}
+UNMASK_DEVICE float bias_value(const StatsInputs& in, int64_t entry, int64_t j) {
+  return in.bias[entry * in.bias_stride[0] + j * in.bias_stride[1]];
+}
+
+UNMASK_DEVICE bool bias_in(const StatsInputs& in, int64_t entry, int64_t base, int64_t n) {
+  bool any = false;
+  for (int64_t j = lane_id(); j < in.n_bias; j += 32) {
+    const int64_t at = bias_id(in, entry, j) - base;
+    any = any || (at >= 0 && at < n);
+  }
+  return warp_ballot(any) != 0;
+}
+
+// Place of a slice's id (0..511) among the values of the lane that holds it, and back.
+UNMASK_DEVICE int lane_of(int at) { return (at >> 3) & 31; }
+UNMASK_DEVICE int value_of(int at) { return (at >> 8) * kRun + (at & 7); }
+UNMASK_DEVICE int slice_id(int value, int lane) { return (value >> 3) * 256 + lane * kRun + (value & 7); }
+
+UNMASK_DEVICE void add_bias(const StatsInputs& in, int64_t entry, int64_t base, float* x) {
+  for (int64_t j = 0; j < in.n_bias; ++j) {  // in list order: duplicates add up
+    const int64_t at = bias_id(in, entry, j) - base;
+    if (at < 0 || at >= kSliceIds || lane_of(static_cast<int>(at)) != lane_id()) continue;
+    const int i = value_of(static_cast<int>(at));
+    const float b = bias_value(in, entry, j);
+#pragma unroll
+    for (int k = 0; k < kSliceValues; ++k) x[k] = k == i ? x[k] + b : x[k];
+  }
+}
+
+UNMASK_DEVICE void set_marked(float* x, uint32_t marks, float v) {
+#pragma unroll
+  for (int k = 0; k < kSliceValues; ++k) x[k] = (marks >> k & 1u) != 0 ? v : x[k];
+}
+
+// ---- reductions ---------------------------------------------------------------------------------------------------
+UNMASK_DEVICE float lane_max(const float* x) {  // NaN loses
+  float m = x[0];
+#pragma unroll
+  for (int k = 1; k < kSliceValues; ++k) m = max_drop_nan(m, x[k]);
+  return max_drop_nan(m, neg_inf());
+}
+
+// The sums of this lane, relative to a maximum m that the whole warp shares.
+struct LaneSum {
+  float m = neg_inf(), s = 0.0f, t = 0.0f;
+  bool nan = false;
+
+  // Moves to a larger maximum.
+  UNMASK_DEVICE void raise(float to) {
+    if (m == neg_inf() || to == pos_inf()) {  // what was summed is nothing, or counts for nothing; but a NaN must not get lost
+      nan = nan || s != s;
+      s = t = 0.0f;
+    } else {
+      const float d = m - to, e = exp_neg(d);
+      t = e * UNMASK_FMA(d, s, t);
+      s = e * s;
+    }
+    m = to;
+  }
+
+  UNMASK_DEVICE void add(const float* x) {
+    if (m == pos_inf()) {
+#pragma unroll
+      for (int k = 0; k < kSliceValues; ++k) {
+        nan = nan || x[k] != x[k];
+        s = s + (x[k] == pos_inf() ? 1.0f : 0.0f);
+      }
+      return;
+    }
+    const float shift = m == neg_inf() ? 0.0f : m;
+    float s1 = 0.0f, t1 = 0.0f;  // a second chain, for latency
+#pragma unroll
+    for (int k = 0; k < kSliceValues; k += 2) {
+      const float d0 = max_keep_nan(x[k] - shift, kExpMin), d1 = max_keep_nan(x[k + 1] - shift, kExpMin);
+      const float e0 = exp2_approx(d0 * kLog2e), e1 = exp2_approx(d1 * kLog2e);
+      s = s + e0;
+      s1 = s1 + e1;
+      t = UNMASK_FMA(d0, e0, t);
+      t1 = UNMASK_FMA(d1, e1, t1);
+    }
+    s = s + s1;
+    t = t + t1;
+  }
+};
+
+// The best `kept` candidates, best first: lane i holds the i-th. Candidates come with rising ids, so a tie keeps what is there.
+struct TopList {
+  float v = neg_inf();
+  int32_t id = -1;
+  float bar = neg_inf();  // in every lane: what a newcomer must beat
+
+  UNMASK_DEVICE void insert(int kept, float value, int32_t value_id) {
+    const int lane = lane_id();
+    const int place = bit_count(warp_ballot(lane < kept && id >= 0 && v >= value));
+    const float up_v = warp_get_up(v, 1);
+    const int32_t up_id = warp_get_up(id, 1);
+    if (lane < kept && lane > place) {
+      v = up_v;
+      id = up_id;
+    } else if (lane == place) {
+      v = value;
+      id = value_id;
+    }
+    bar = warp_get(v, kept - 1);
+  }
+
+  // Takes every value above the bar out of a slice whose maximum over the warp is `best`.
+  UNMASK_DEVICE void take(int kept, float* x, float best, int32_t base) {
+    while (best > bar) {
+      int mine = kSliceValues;
+      float exact = best;  // -0 and +0 tie; report the one that is there
+#pragma unroll
+      for (int k = kSliceValues - 1; k >= 0; --k) {
+        mine = x[k] == best ? k : mine;
+        exact = x[k] == best ? x[k] : exact;
+      }
+      const uint32_t key = mine < kSliceValues ? static_cast<uint32_t>(slice_id(mine, lane_id())) : 0xFFFFFFFFu;
+      const int lowest = static_cast<int>(warp_min_u32(key));
+      const int owner = lane_of(lowest);
+      insert(kept, warp_get(exact, owner), base + lowest);
+      if (lane_id() == owner) set_marked(x, 1u << mine, neg_inf());
+      best = warp_max(lane_max(x));
+    }
+  }
+};
+
+// The lowest id among the lanes whose value equals the warp's best; the lane that holds it. id < 0 = none.
+UNMASK_DEVICE int best_lane(float v, int32_t id, float best) {
+  const uint32_t key = id >= 0 && v == best ? static_cast<uint32_t>(id) : 0xFFFFFFFFu;
+  const uint32_t lowest = warp_min_u32(key);
+  if (lowest == 0xFFFFFFFFu) return -1;
+  return lowest_bit(warp_ballot(key == lowest));
+}
+
+UNMASK_DEVICE Sample warp_best(const Sample& mine) {
+  const int lane = best_lane(mine.score, mine.id, warp_max(mine.score));
+  if (lane < 0) return {neg_inf(), -1, neg_inf()};
+  return {warp_get(mine.score, lane), warp_get(mine.id, lane), warp_get(mine.x, lane)};
+}
+
+struct NoiseKey { uint64_t seed; uint32_t step, pos; };
+
+// Best noisy score of this lane; `best` is the slice's maximum over the warp.
+struct LaneSample {
+  Sample mine = {neg_inf(), -1, neg_inf()};
+  float bar = neg_inf();  // best score of the warp so far
+
+  UNMASK_DEVICE void add(const float* x, float best, float temperature, const NoiseKey& key, int32_t base) {
+    if (!(noisy_score(temperature, kGumbelMax, best) > bar)) return;
+#pragma unroll
+    for (int k = 0; k < kSliceValues; k += 4) {
+      const float top = max_drop_nan(max_drop_nan(x[k], x[k + 1]), max_drop_nan(x[k + 2], x[k + 3]));
+      if (!(noisy_score(temperature, kGumbelMax, top) > max_drop_nan(mine.score, bar))) continue;
+      const int32_t id = base + slice_id(k, lane_id());
+      const Philox4 words = philox(key.seed, static_cast<uint32_t>(id) >> 2, key.pos, key.step, 0u);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float score = noisy_score(temperature, gumbel_from_bits(philox_word(words, static_cast<uint32_t>(j))), x[k + j]);
+        if (score > mine.score) mine = {score, id + j, x[k + j]};
+      }
+    }
+    bar = warp_max(mine.score);
+  }
+};
+
+// ---- first launch: every group of chunks on its own ---------------------------------------------------------------
+template <LogitType kType, bool kSampled>
+struct GroupScan {
+  const StatsJob& job;
+  int64_t entry;
+  const typename Logit<kType>::Bits* row;
+  uint32_t *forbid_marks, *suppress_marks;
+  NoiseKey key = {0, 0, 0};
+  TopList top;
+  LaneSample sample;
+  bool nan = false;
+
+  UNMASK_DEVICE Run<kType> load(int64_t first, int slice, int half) const {
+    return load_run<kType>(row, job.in.col_stride, job.dense, first + slice * kSliceIds + half * 256 + lane_id() * kRun, job.in.count);
+  }
+
+  UNMASK_DEVICE SumExp chunk(int64_t first) {
+    constexpr int kAhead = kType == LogitType::f32 ? 1 : 2;  // slices in flight: 16 registers, 2 KB a warp
+    Run<kType> next[kAhead][2];
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      next[a][0] = load(first, a, 0);
+      next[a][1] = load(first, a, 1);
+    }
+    const StatsInputs& in = job.in;
+    const int64_t base = in.offset + first, n = in.count - first < kStatsChunk ? in.count - first : kStatsChunk;
+    const bool forbidden = mark_ids(job.forbid, base, n, forbid_marks);
+    const bool suppressed = mark_ids(job.suppress, base, n, suppress_marks);
+    const bool biased = bias_in(in, entry, base, n);
+    LaneSum sum;
+    for (int s = 0; s < kSlices; s += kAhead) {
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        const int slice = s + a;
+        const int32_t slice_base = static_cast<int32_t>(base + slice * kSliceIds);
+        float x[kSliceValues];
+#pragma unroll
+        for (int k = 0; k < kSliceValues; ++k) x[k] = next[a][k / kRun].get(k % kRun);
+        if (slice + kAhead < kSlices) {
+          next[a][0] = load(first, slice + kAhead, 0);
+          next[a][1] = load(first, slice + kAhead, 1);
+        }
+        if (biased) add_bias(in, entry, slice_base, x);
+        if (suppressed) set_marked(x, lane_marks(suppress_marks, slice), neg_inf());
+        float best = warp_max(lane_max(x));
+        if (best > sum.m) sum.raise(best);
+        sum.add(x);
+        if (forbidden) {  // stays in the sum, cannot win
+          set_marked(x, lane_marks(forbid_marks, slice), neg_inf());
+          best = warp_max(lane_max(x));
+        }
+        if constexpr (kSampled) sample.add(x, best, in.temperature, key, slice_base);
+        top.take(in.kept, x, best, slice_base);
+      }
+    }
+    nan = nan || sum.nan || sum.s != sum.s;
+    return {sum.m, warp_sum(sum.s), warp_sum(sum.t)};
+  }
+};
+
+template <LogitType kType, bool kSampled>
+UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, kSampled ? 4 : 5) stats_scan(const StatsJob job) {
+  __shared__ uint32_t marks[kWarpsPerBlock][2][kMarkWords];
+  const int warp = warp_in_block();
+  const int64_t unit = block_index() * kWarpsPerBlock + warp;
+  const int64_t local = unit / job.groups, group = unit % job.groups, entry = job.entry_begin + local;
+  if (local >= job.entries) return;
+  const int64_t row = row_of(job, entry);
+  if (!row_exists(job, row)) return;  // stats_fold writes the outputs of such an entry without reading any partial result
+  const StatsInputs& in = job.in;
+  GroupScan<kType, kSampled> scan{job, entry, static_cast<const typename Logit<kType>::Bits*>(in.logits) + row * in.row_stride,
+                                  marks[warp][0], marks[warp][1]};
+  if constexpr (kSampled) {
+    scan.key = {static_cast<uint64_t>(in.seed[entry * in.seed_stride]), static_cast<uint32_t>(in.step[entry * in.step_stride]),
+                static_cast<uint32_t>(in.pos[entry * in.pos_stride])};
+  }
+  const int64_t end = (group + 1) * job.group_chunks < job.chunks ? (group + 1) * job.group_chunks : job.chunks;
+  for (int64_t c = group * job.group_chunks; c < end; ++c) {
+    const SumExp sum = scan.chunk(c * kStatsChunk);
+    if (lane_id() == 0) job.sums[local * job.chunks + c] = sum;
+  }
+  GroupBest& out = job.best[local * job.groups + group];
+  const bool nan = warp_ballot(scan.nan) != 0;
+  if (lane_id() < in.kept) out.top[lane_id()] = {scan.top.v, scan.top.id};
+  if constexpr (kSampled) {
+    const Sample best = warp_best(scan.sample.mine);
+    if (lane_id() == 0) out.sample = best;
+  }
+  if (lane_id() == 0) out.status = nan ? kStatusNaN : kStatusOk;
+}
+
+}  // namespace unmask::cuda

@@ -1,0 +1,34 @@
+// How a call of the logit statistics is cut into warps and launches: pure functions of sizes and strides (tests call them on the host).
+// Nothing here changes a bit of the result.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/logit_stats.cuh"
+
+namespace unmask::cuda {
+
+constexpr int64_t kGroupWords = sizeof(GroupBest) / 4;
+constexpr int64_t kWorkspaceWords = int64_t{1} << 24;  // 64 MiB of partial results at most, unless one entry alone needs more
+constexpr int64_t kBusyWarps = 16384;                  // about what 132 SMs hold four times over
+constexpr int64_t kMaxGroupChunks = 8;
+
+struct StatsPlan { int64_t chunks, group_chunks, groups, entries_per_launch; };
+
+// A longer group searches fewer slices and writes fewer partials; a shorter one spreads few rows over the machine.
+inline StatsPlan plan_stats(int64_t entries, int64_t count) {
+  StatsPlan p;
+  p.chunks = (count + kStatsChunk - 1) / kStatsChunk;
+  p.group_chunks = std::clamp<int64_t>(entries * p.chunks / kBusyWarps, 1, std::min(kMaxGroupChunks, p.chunks));
+  p.groups = (p.chunks + p.group_chunks - 1) / p.group_chunks;
+  p.entries_per_launch = std::clamp<int64_t>(kWorkspaceWords / (p.chunks * 3 + p.groups * kGroupWords), 1, std::max<int64_t>(entries, 1));
+  return p;
+}
+
+// Rows start at multiples of 16 bytes and hold neighbouring ids.
+inline bool can_load_dense(const StatsInputs& in) {
+  const int64_t size = in.type == LogitType::f32 ? 4 : 2;
+  return in.col_stride == 1 && reinterpret_cast<uintptr_t>(in.logits) % 16 == 0 && in.row_stride * size % 16 == 0;
+}
+
+}  // namespace unmask::cuda

@@ -1,0 +1,82 @@
+"""Fast-dLLM v1's three samplers (NVlabs/Fast-dLLM, llada/generate.py; arXiv 2505.22618) on unmask's ops.
+
+All three take the authors' arguments and return (x, nfe). The revisions of the authors' code differ in one forward: in the first one, the
+cached samplers run at least one cached forward per block, even if the block's full forward has finished it; the later one, which added
+`factor`, tests first. `superfluous_forward` chooses; by default the first behaviour, and the later one when `factor` is given.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..decode.policy import Policy, number
+from ..errors import SettingError
+from . import _loop
+
+
+def generate(
+    model: torch.nn.Module, prompt: torch.Tensor, steps: int = 128, gen_length: int = 128, block_length: int = 128, temperature: float = 0.0,
+    remasking: str = "low_confidence", mask_id: int = 126336, threshold: float | None = None, factor: float | None = None,
+) -> tuple[torch.Tensor, int]:  # fmt: skip
+    """Without a cache. Returns (x int64 [B, P + gen_length], nfe).
+
+    model: from `unmask.load`, or any module that returns logits. threshold: commit every position with confidence >= threshold, at least
+    one (steps is then ignored). factor: the authors' factor rule, its off-by-one included. Neither: `steps` forwards, fixed quotas.
+    A block ends as soon as it holds no mask. Raises SettingError (a ValueError) for bad arguments.
+    """
+    return _run(model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor, "none", False)
+
+
+def generate_with_prefix_cache(
+    model: torch.nn.Module, prompt: torch.Tensor, steps: int = 128, gen_length: int = 128, block_length: int = 128, temperature: float = 0.0,
+    remasking: str = "low_confidence", mask_id: int = 126336, threshold: float | None = None, factor: float | None = None,
+    *, superfluous_forward: bool | None = None,
+) -> tuple[torch.Tensor, int]:  # fmt: skip
+    """K/V of everything before the block is kept from the block's first, full forward. Arguments and return value as in `generate`.
+
+    model must come from `unmask.load`.
+    """
+    return _run(
+        model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor, "prefix", superfluous_forward
+    )
+
+
+def generate_with_dual_cache(
+    model: torch.nn.Module, prompt: torch.Tensor, steps: int = 128, gen_length: int = 128, block_length: int = 128, temperature: float = 0.0,
+    remasking: str = "low_confidence", mask_id: int = 126336, threshold: float | None = None, factor: float | None = None,
+    *, superfluous_forward: bool | None = None,
+) -> tuple[torch.Tensor, int]:  # fmt: skip
+    """K/V of everything outside the block is kept from the block's first, full forward. Arguments and return value as in `generate`.
+
+    model must come from `unmask.load`.
+    """
+    return _run(
+        model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor, "dual", superfluous_forward
+    )
+
+
+def _run(
+    model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor, cache, superfluous
+) -> tuple[torch.Tensor, int]:
+    if threshold is not None and factor is not None:
+        raise SettingError("give threshold or factor, not both")
+    rule = "threshold" if threshold is not None else "factor" if factor is not None else "quota"
+    _loop.check_arguments(prompt, steps, gen_length, block_length, temperature, remasking, mask_id, quota=rule == "quota")
+    if threshold is not None:
+        number("threshold", threshold, -1e30, 1e30)
+    policy = Policy(
+        rule=rule,
+        score=_loop.REMASKING[remasking],
+        threshold=0.9 if threshold is None else float(threshold),
+        factor=1.0 if factor is None else float(factor),
+        off_by_one=True,
+        temperature=float(temperature),
+        strict=False,
+    )
+    if superfluous is None:
+        superfluous = factor is None
+    least = 2 if superfluous and cache != "none" else 0
+    return _loop.run(
+        model, prompt, policy, steps=steps, gen_length=gen_length, block_length=block_length, mask_id=mask_id, cache=cache,
+        min_steps=lambda row: least,
+    )  # fmt: skip

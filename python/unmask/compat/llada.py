@@ -1,0 +1,60 @@
+"""LLaDA's `generate` (ML-GSAI/LLaDA, generate.py; arXiv 2502.09992) on unmask's ops."""
+
+from __future__ import annotations
+
+import torch
+
+from ..decode.policy import Policy, number
+from ..models.model import Model
+from . import _loop
+
+EOS_ID, EOT_ID = 126081, 126348  # LLaDA-8B's; the authors' code hard-codes them
+
+
+def generate(
+    model: torch.nn.Module,
+    prompt: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    steps: int = 128,
+    gen_length: int = 128,
+    block_length: int = 128,
+    temperature: float = 0.0,
+    cfg_scale: float = 0.0,
+    remasking: str = "low_confidence",
+    mask_id: int = 126336,
+    logits_eos_inf: bool = False,
+    confidence_eos_eot_inf: bool = False,
+) -> torch.Tensor:
+    """Fixed-steps denoising, left to right in blocks; returns x int64 [B, P + gen_length].
+
+    model: a model from `unmask.load`, or any module that returns logits [B, L, V] (or an object with `.logits`). prompt: int64 [B, P].
+    attention_mask: [B, P], zeros on the left for padding. steps is the number of forwards, also when it exceeds the number of masks (the
+    surplus commits nothing, as in the authors' code). cfg_scale: logits u + (w + 1)(c - u), with the prompt masked in u.
+    remasking: "low_confidence" or "random". logits_eos_inf, confidence_eos_eot_inf: as the authors' flags, the second with its quirk (at
+    temperature > 0 only EoT loses its confidence). Differences: the mask token is never predicted, ties go to the lowest index, prompt
+    positions never change even if they hold mask_id, and samples (temperature > 0, remasking="random") come from a counter-based
+    generator seeded from torch's default one. Raises SettingError (a ValueError) for bad arguments.
+    """
+    blocks = _loop.check_arguments(prompt, steps, gen_length, block_length, temperature, remasking, mask_id, quota=True)
+    number("cfg_scale", cfg_scale, 0.0, float("inf"))
+    eos, eot = EOS_ID, EOT_ID
+    if isinstance(model, Model):
+        vocab = model.config.vocab_size
+        if EOT_ID >= vocab:  # a small model of the same layout: its own end-of-sequence ids
+            eos, eot = model.config.eos_ids[0], model.config.eos_ids[-1]
+    drops = ()
+    if confidence_eos_eot_inf:
+        drops = (eot,) if temperature > 0 else (eos, eot)
+    policy = Policy(
+        rule="quota",
+        score=_loop.REMASKING[remasking],
+        temperature=float(temperature),
+        suppress=(eos,) if logits_eos_inf else (),
+        confidence_drops=drops,
+    )
+    per_block = steps // blocks if blocks else 0
+    x, _ = _loop.run(
+        model, prompt, policy, steps=steps, gen_length=gen_length, block_length=block_length, mask_id=mask_id, cfg_scale=float(cfg_scale),
+        attention_mask=attention_mask, min_steps=lambda row: per_block,
+    )  # fmt: skip
+    return x

@@ -1,0 +1,136 @@
+"""The one Transformer backbone: RMSNorm, attention over a K/V cache, SwiGLU. Families differ by config only.
+
+A forward takes a packed list of T query tokens (`Forward`), not a padded batch: rows bring their whole canvas, a block, or nothing, so
+refreshes, block steps and rows of unequal length share one forward. K and V of the tokens are written into the cache by the same op that
+rotates them, then every token attends to the segments of its row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+
+from .. import ops
+from ..ops.linear import Format, Linear, pad_rows
+from .config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """One packed forward of T query tokens for B entries. Padding tokens (row -1) fill T up to a multiple of 16.
+
+    ids, row, pos, slot: int64 [T]: token, cache row, RoPE position, K/V slot (-1 = do not write). cu_q: int64 [B+1], entry b owns tokens
+    cu_q[b]..cu_q[b+1]. kv_row: int64 [B], the cache row whose keys entry b sees. seg: int64 [B, G, 2], (start, length) of visible slots.
+    q_end: int64 [T] or None; mask: bool [B|1, Qmax, W] or None, as in `ops.block_attention`.
+    """
+
+    ids: torch.Tensor
+    row: torch.Tensor
+    pos: torch.Tensor
+    slot: torch.Tensor
+    cu_q: torch.Tensor
+    kv_row: torch.Tensor
+    seg: torch.Tensor
+    q_end: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+
+class KVCache:
+    """K (after RoPE) and V of every layer, in the documented view [row, kv head, slot, dim]. Only ops write to it.
+
+    rows: cache rows R; slots: slots per row S (need not equal positions).
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
+        shape = (config.n_layers, rows, config.n_kv_heads, slots, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.layers = [(self.k[i], self.v[i]) for i in range(config.n_layers)]
+
+    @property
+    def rows(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[3]
+
+
+class Layer(torch.nn.Module):
+    """Pre-norm attention + SwiGLU. q/k/v and gate/up are one product each."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, torch.Tensor], format: Format):
+        super().__init__()
+        self.config = config
+        bias = None
+        if config.qkv_bias:
+            bias = torch.cat([weights["q_bias"], weights["k_bias"], weights["v_bias"]])
+        self.qkv = Linear(torch.cat([weights["q"], weights["k"], weights["v"]]), format, bias)
+        self.o = Linear(weights["o"], format)
+        self.gate_up = Linear(torch.cat([weights["gate"], weights["up"]]), format)
+        self.down = Linear(weights["down"], format)
+        self.attn_norm, self.mlp_norm = weights["attn_norm"], weights["mlp_norm"]
+        self.q_norm, self.k_norm = weights.get("q_norm"), weights.get("k_norm")
+        self.scale = config.head_dim**-0.5
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, f: Forward, kv, inv_freq: torch.Tensor, status) -> torch.Tensor:
+        """x: the branch to add to `residual` (in place) before this layer's attention norm; returns the branch after this layer's MLP."""
+        c = self.config
+        hq, hkv, d = c.n_heads, c.n_kv_heads, c.head_dim
+        y = ops.add_rms_norm(residual, x, self.attn_norm, c.norm_eps)
+        q, k, v = self.qkv(y).view(-1, hq + 2 * hkv, d).split((hq, hkv, hkv), dim=1)
+        k_cache, v_cache = kv
+        token_status, entry_status = status
+        q = ops.rope_append(
+            q, k, v, k_cache, v_cache, f.row, f.pos, f.slot, None, self.q_norm, self.k_norm, inv_freq, c.norm_eps, token_status
+        )
+        out, _ = ops.block_attention(
+            q, k_cache, v_cache, f.cu_q, f.kv_row, f.seg, q_end=f.q_end, mask=f.mask, scale=self.scale, status=entry_status
+        )
+        y = ops.add_rms_norm(residual, self.o(out.view(-1, hq * d)), self.mlp_norm, c.norm_eps)
+        return self.down(ops.silu_mul(self.gate_up(y)))
+
+
+class Backbone(torch.nn.Module):
+    """Embedding, layers, final norm. `forward` returns the hidden states that the head reads: [T, d_model]."""
+
+    def __init__(self, config: ModelConfig, embed: torch.Tensor, layers: list[Layer], final_norm: torch.Tensor):
+        super().__init__()
+        self.config = config
+        self.embed = embed
+        self.layers = torch.nn.ModuleList(layers)
+        self.final_norm = final_norm
+        # fp32 throughout, as the families' own code computes it
+        exponent = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
+        self.inv_freq = (1.0 / (config.rope_theta**exponent)).to(embed.device)
+
+    def forward(self, f: Forward, cache: KVCache) -> torch.Tensor:
+        t = f.ids.shape[0]
+        status = torch.zeros(t + f.kv_row.shape[0], dtype=torch.int32, device=f.ids.device)
+        parts = (status[:t], status[t:])
+        residual = torch.nn.functional.embedding(f.ids, self.embed)
+        x = torch.zeros_like(residual)
+        for layer, kv in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, residual, f, kv, self.inv_freq, parts)
+        hidden = ops.add_rms_norm(residual, x, self.final_norm, self.config.norm_eps)
+        if f.ids.device.type == "cpu":  # a read without a sync; on CUDA the decode loop reads it with its done flag
+            ops.raise_on_status(status, "forward")
+        return hidden
+
+
+def full_forward(ids: torch.Tensor, config: ModelConfig) -> Forward:
+    """Every row of ids [B, L] as one packed, uncached, fully visible forward (K/V slots = positions)."""
+    b, length = ids.shape
+    t, padded = b * length, pad_rows(b * length)
+    device = ids.device
+    flat = torch.full((padded,), 0, dtype=torch.int64, device=device)
+    flat[:t] = ids.reshape(-1)
+    row = torch.full((padded,), -1, dtype=torch.int64, device=device)
+    row[:t] = torch.arange(b, device=device).repeat_interleave(length)
+    pos = torch.zeros(padded, dtype=torch.int64, device=device)
+    pos[:t] = torch.arange(length, device=device).repeat(b)
+    rows = torch.arange(b, device=device)
+    seg = torch.tensor([[[0, length]]], device=device).expand(b, 1, 2)
+    return Forward(flat, row, pos, pos, torch.arange(b + 1, device=device) * length, rows, seg)

@@ -1,0 +1,239 @@
+"""What a model is, in one frozen record (`ModelConfig`), and the safe reading of the JSON files it comes from.
+
+A family file (models/llada.py) turns a checkpoint's own field names into a ModelConfig. Nothing here executes what a
+checkpoint ships: `auto_map` and modeling files are never looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+from ..errors import CheckpointError, nearest
+
+FAMILIES = {"llada": "unmask.models.llada"}
+"""Family name -> its module, which holds MODEL_TYPES, ARCHITECTURES, `read_config`, `weight_map` and `is_ignored`."""
+
+Visibility = Literal["bidirectional", "block_causal"]
+
+CONFIG_BYTES = 1 << 20
+"""Largest config.json or generation_config.json that is read."""
+
+MAX_PARAMETERS = 1 << 40
+
+LIMITS = {
+    "d_model": (1, 1 << 17),
+    "n_layers": (1, 1024),
+    "n_heads": (1, 4096),
+    "n_kv_heads": (1, 4096),
+    "head_dim": (8, 1024),
+    "ffn_dim": (1, 1 << 20),
+    "vocab_size": (1, 1 << 22),
+    "rotary_dim": (0, 1024),
+    "max_positions": (1, 1 << 24),
+}
+"""Field -> (lowest, highest) value of the sizes: far above any model, low enough that checking one costs nothing."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One transformer, in unmask's words.
+
+    Attributes:
+        family: name of the family file that read it.
+        d_model, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim: sizes; n_heads * head_dim need not be d_model.
+        vocab_size: rows of the embedding and of the head, so ids are 0 .. vocab_size - 1.
+        rope_theta, rotary_dim: base of the rotary angles; the first rotary_dim dims of each head rotate.
+        norm_eps: epsilon of every RMSNorm.
+        qkv_bias: q, k and v projections have a bias.
+        qk_norm: per-head RMSNorm (weight of head_dim) on q and k before the rotation.
+        tied_head: the head is the embedding.
+        mask_id, eos_ids, pad_id: special ids; any of eos_ids ends a text. mask_id is never one of them.
+        max_positions: longest sequence that the model was made for.
+        block_size: block length that the model was trained with, None where it is a free choice.
+        shifted: logits at position i predict token i + 1.
+        visibility: "bidirectional", or "block_causal": a block sees itself and the blocks before it.
+    """
+
+    family: str
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    vocab_size: int
+    rope_theta: float
+    rotary_dim: int
+    norm_eps: float
+    qkv_bias: bool
+    qk_norm: bool
+    tied_head: bool
+    mask_id: int
+    eos_ids: tuple[int, ...]
+    pad_id: int | None
+    max_positions: int
+    block_size: int | None
+    shifted: bool
+    visibility: Visibility
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the values (an empty list for a usable config). Allocates nothing."""
+        found = []
+        for name, (low, high) in LIMITS.items():
+            found += number_problems(name, getattr(self, name), int, low, high)
+        found += number_problems("rope_theta", self.rope_theta, float, 1.0, 1e12)
+        found += number_problems("norm_eps", self.norm_eps, float, 0.0, 1.0)
+        for name in ("qkv_bias", "qk_norm", "tied_head", "shifted"):
+            if not isinstance(getattr(self, name), bool):
+                found.append(f"{name} must be true or false, got {shown(getattr(self, name))}")
+        if self.block_size is not None:
+            found += number_problems("block_size", self.block_size, int, 1, 1 << 16)
+        if self.visibility not in get_args(Visibility):
+            found.append(f"visibility must be one of {get_args(Visibility)}, got {shown(self.visibility)}")
+        if found:
+            return found  # the checks below compute with these numbers
+        if self.n_heads % self.n_kv_heads:
+            found.append(f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} and {self.n_kv_heads}")
+        if self.head_dim % 8:
+            found.append(f"head_dim must be a multiple of 8, got {self.head_dim}")
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            found.append(f"rotary_dim must be even and at most head_dim {self.head_dim}, got {self.rotary_dim}")
+        found += self._id_problems()
+        if self.n_parameters > MAX_PARAMETERS:
+            found.append(f"the sizes make {self.n_parameters:,} parameters; at most {MAX_PARAMETERS:,} are accepted")
+        return found
+
+    def _id_problems(self) -> list[str]:
+        last = self.vocab_size - 1
+        found = number_problems("mask_id", self.mask_id, int, 0, last)
+        if self.pad_id is not None:
+            found += number_problems("pad_id", self.pad_id, int, 0, last)
+        if not isinstance(self.eos_ids, tuple):
+            return [*found, f"eos_ids must be a tuple of ids, got {shown(self.eos_ids)}"]
+        for eos in self.eos_ids:
+            found += number_problems("eos_ids", eos, int, 0, last)
+        if self.mask_id in self.eos_ids:
+            found.append(f"mask_id {self.mask_id} must not be one of eos_ids {self.eos_ids}")
+        return found
+
+    def validate(self) -> ModelConfig:
+        """Itself, or CheckpointError with every problem."""
+        found = self.problems()
+        if found:
+            raise CheckpointError(f"invalid {self.family} model config", found)
+        return self
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of weights, from the sizes alone."""
+        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        layer = 2 * self.d_model * (q + kv) + 3 * self.d_model * self.ffn_dim + 2 * self.d_model
+        layer += (q + 2 * kv) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
+        embeddings = self.vocab_size * self.d_model * (1 if self.tied_head else 2)
+        return embeddings + self.n_layers * layer + self.d_model
+
+
+CONFIG_FIELDS = tuple(field.name for field in fields(ModelConfig))
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """A tensor that a checkpoint must hold: its name there, and its shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """`repr` for messages, cut short; a number too long to print is described."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # int of more than 4300 digits; nesting beyond the interpreter's limit
+        return f"a {type(value).__name__} too large to print"
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def number_problems(name: str, value: object, kind: type, low: float, high: float) -> list[str]:
+    """Why `value` is no `kind` (int or float) in [low, high]: at most one line. Booleans are no numbers here."""
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+        return [f"{name} must be {'an integer' if kind is int else 'a number'}, got {shown(value)}"]
+    if not (isinstance(value, int) or math.isfinite(value)) or not low <= value <= high:
+        return [f"{name} must be in [{low}, {high}], got {shown(value)}"]
+    return []
+
+
+def family_module(name: str) -> ModuleType:
+    """The module of a supported family."""
+    if name not in FAMILIES:
+        raise CheckpointError("unsupported model family", f"unknown family {shown(name)}{nearest(name, FAMILIES)}")
+    return import_module(FAMILIES[name])
+
+
+def detect_family(raw: dict[str, Any]) -> str:
+    """Family name of a config.json, from `model_type`, then `architectures`; CheckpointError names the supported ones."""
+    model_type = raw.get("model_type")
+    architectures = raw.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    for family in FAMILIES:
+        module = family_module(family)
+        if model_type in module.MODEL_TYPES if isinstance(model_type, str) else False:
+            return family
+        if model_type is None and any(isinstance(n, str) and n in module.ARCHITECTURES for n in names):
+            return family
+    supported = "; ".join(f"{f}: model_type {' or '.join(family_module(f).MODEL_TYPES)}" for f in FAMILIES)
+    raise CheckpointError(
+        "unsupported model family",
+        f"model_type {shown(model_type)} with architectures {shown(architectures)} is not supported; supported: {supported}",
+    )
+
+
+def read_json(path: Path, limit: int = CONFIG_BYTES) -> dict[str, Any]:
+    """The object in a JSON file, read with care: CheckpointError for anything but one well-formed object of <= `limit` bytes."""
+    text = read_text(path, limit)
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+    except RecursionError:
+        raise CheckpointError(f"cannot read {path}", "the JSON is nested too deeply") from None
+    except ValueError as error:  # malformed, duplicate keys, or a number of more than 4300 digits
+        raise CheckpointError(f"cannot read {path}", f"not valid JSON: {shown(str(error), 200)}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"cannot read {path}", f"must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_text(path: Path, limit: int) -> str:
+    """A regular file of at most `limit` bytes as UTF-8 text; CheckpointError otherwise."""
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):  # opening a FIFO would block
+            raise CheckpointError(f"cannot read {path}", "not a regular file")
+        if info.st_size > limit:
+            raise CheckpointError(f"cannot read {path}", f"{info.st_size:,} bytes; at most {limit:,} are read")
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot read {path}", str(error)) from None
+    if len(data) > limit:
+        raise CheckpointError(f"cannot read {path}", f"more than {limit:,} bytes")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"cannot read {path}", f"not UTF-8 text: {error}") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"duplicate key {shown(key)}")
+        found[key] = value
+    return found

@@ -1,0 +1,136 @@
+"""Linear layers for few rows: weights packed once by oneDNN, through torch's own (private) ops.
+
+torch's plain linear repacks the weight in every call, which costs more than the product itself at 16-64 rows: packed weights are 1.2-3x
+faster there. The packed ops are private to torch, so this one module holds every use of them, behind a capability check; without them
+`torch.nn.functional.linear` serves, slower and with the same results up to rounding (tests notice when that happens).
+
+Three formats:
+- ``packed``: oneDNN's blocked layout in the model's dtype;
+- ``packed_fp32``: the same for a bf16 model on a CPU without a bf16 dot product, where the library's bf16 GEMM is 3-5x slower than
+  its fp32 one. bf16 values are exact in fp32, so the product is the same sum of the same terms, rounded once to bf16 at the end;
+  it takes 4 bytes a weight instead of 2, so it is chosen only where that fits in memory;
+- ``plain``: an ordinary tensor and `F.linear` (CUDA, and CPUs or torch builds without oneDNN).
+
+Rows: the packed product gives a row the same bits in any batch, provided that the row count is a multiple of `ROW_MULTIPLE`
+(tests/test_linear.py checks that property); callers pad.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+Format = Literal["packed", "packed_fp32", "plain"]
+FORMATS: tuple[str, ...] = ("packed", "packed_fp32", "plain")
+ROW_MULTIPLE = 16
+_ROW_HINT = 32  # rows that the blocked layout is chosen for; measured: no other hint is faster at 16-256 rows
+
+
+def pad_rows(n: int) -> int:
+    """The next multiple of ROW_MULTIPLE."""
+    return -(-n // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+@functools.cache
+def packing_available(dtype: torch.dtype = torch.float32) -> bool:
+    """True if torch's private oneDNN packing ops exist and give the product of a small example in this dtype."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+    try:
+        weight = torch.arange(32 * 16, dtype=torch.float32).view(32, 16).remainder(7).to(dtype)
+        x = torch.arange(16 * 16, dtype=torch.float32).view(16, 16).remainder(5).to(dtype)
+        return torch.equal(_packed_product(x, _pack(weight)), F.linear(x, weight))
+    except (RuntimeError, AttributeError):
+        return False
+
+
+def cpu_has_bf16_dot() -> bool:
+    """True if this CPU multiplies bf16 natively (AVX-512 BF16), so that the library's bf16 GEMM is the fast one."""
+    from .info import best_isa
+
+    return best_isa() == "avx512bf16"
+
+
+def choose_format(dtype: torch.dtype, device: torch.device, n_params: int) -> Format:
+    """The fastest format whose weights fit: `UNMASK_GEMM=packed|packed_fp32|plain` forces one."""
+    forced = os.environ.get("UNMASK_GEMM")
+    if forced:
+        if forced not in FORMATS:
+            raise ValueError(f"UNMASK_GEMM must be one of {', '.join(FORMATS)}, got {forced!r}")
+        return forced  # type: ignore[return-value]
+    if device.type != "cpu" or not packing_available(torch.float32):
+        return "plain"
+    if dtype is torch.float32:
+        return "packed"
+    if dtype is torch.bfloat16:
+        if not cpu_has_bf16_dot() and 4 * n_params < _available_memory() // 2:
+            return "packed_fp32"
+        return "packed" if packing_available(torch.bfloat16) else "plain"
+    return "plain"
+
+
+def _available_memory() -> int:
+    """Bytes that can be allocated without swapping; 0 where the system does not tell."""
+    try:
+        with open("/proc/meminfo") as f:
+            for line in f:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, _ROW_HINT)
+
+
+def _packed_product(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+class Linear(torch.nn.Module):
+    """y = x W^T (+ bias) for x [M, K] in the model's dtype, M a multiple of ROW_MULTIPLE where row bits must not depend on the batch.
+
+    weight: [N, K] in the model's dtype; it is converted to `format` and not kept. bias: [N] or None.
+    """
+
+    def __init__(self, weight: torch.Tensor, format: Format, bias: torch.Tensor | None = None):
+        super().__init__()
+        if weight.dim() != 2:
+            raise ValueError(f"Linear: weight must be [N, K], got {list(weight.shape)}")
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        self.format = format
+        self._bias = bias
+        if format == "plain":
+            self._weight = weight
+        elif format == "packed":
+            self._weight = _pack(weight)
+        elif format == "packed_fp32":
+            self._weight = _pack(weight.float())
+        else:
+            raise ValueError(f"Linear: format must be one of {', '.join(FORMATS)}, got {format!r}")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.format == "plain":
+            return F.linear(x, self._weight, self._bias)
+        if self.format == "packed":
+            y = _packed_product(x, self._weight)
+        else:
+            y = _packed_product(x.float(), self._weight).to(self.dtype)
+        return y if self._bias is None else y + self._bias
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.dtype}, {self.format}"

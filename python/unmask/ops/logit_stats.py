@@ -1,0 +1,156 @@
+"""`logit_stats`: token and softmax statistics of rows of logits in one read; `stats_tile` and `stats_finish`: the same over tiles."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+CHUNK = 4096  # ids reduced at once; tiles start at multiples of it (csrc/common/online.h)
+STATE_WORDS = 25  # int32 words of one entry's running state (csrc/common/online.h)
+TOPK_MAX = 8
+
+
+class LogitStats(NamedTuple):
+    """What `logit_stats` returns, per entry of rows. Fields as in the op; the properties are views of `stats`."""
+
+    token: torch.Tensor  # int64 [T']; -1: none or invalid
+    stats: torch.Tensor  # float32 [T', 5]: p, p1, p2, entropy, logsumexp
+    status: torch.Tensor  # int32 [T'], bits of Status
+    at_ids: torch.Tensor  # float32 [T', J, 2]: log-probability and logit
+    topk_id: torch.Tensor  # int64 [T', K]
+    topk_logit: torch.Tensor  # float32 [T', K]
+
+    @property
+    def p(self) -> torch.Tensor:
+        """Probability of the token."""
+        return self.stats[:, 0]
+
+    @property
+    def p1(self) -> torch.Tensor:
+        """Probability of the best candidate."""
+        return self.stats[:, 1]
+
+    @property
+    def p2(self) -> torch.Tensor:
+        """Probability of the second best candidate; 0 if there is one only."""
+        return self.stats[:, 2]
+
+    @property
+    def margin(self) -> torch.Tensor:
+        """p1 - p2."""
+        return self.stats[:, 1] - self.stats[:, 2]
+
+    @property
+    def entropy(self) -> torch.Tensor:
+        """Entropy of the softmax, in nats."""
+        return self.stats[:, 3]
+
+    @property
+    def logsumexp(self) -> torch.Tensor:
+        return self.stats[:, 4]
+
+
+def logit_stats(
+    logits: torch.Tensor,
+    rows: torch.Tensor | None = None,
+    *,
+    forbid: torch.Tensor | None = None,
+    suppress: torch.Tensor | None = None,
+    bias_ids: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    ids: torch.Tensor | None = None,
+    topk: int = 0,
+    temperature: float = 0.0,
+    seed: torch.Tensor | None = None,
+    step: torch.Tensor | None = None,
+    pos: torch.Tensor | None = None,
+) -> LogitStats:
+    """Token, its probability, top-2, entropy and logsumexp of rows of logits, which are read once and never stored in another dtype.
+
+    logits: [N, V] float32, bfloat16 or float16, any strides. rows: int64 [T'] rows to reduce, -1 = none (default: all N in order).
+    forbid: int64 [F] ids that cannot win but stay in the softmax (mask_id). suppress: int64 [U] ids removed from it (logit -inf).
+    bias_ids, bias: int64 and float32 [T', J], added to the logits; a repeated id adds up in order. ids: int64 [T', J] where to report
+    log-probability and logit. topk: 0 to 8. In every id list an id < 0 means none and an id >= V sets Status.BAD_ID (that id is left out,
+    the entry stays valid). temperature: 0 = argmax; else Gumbel-max sampling with temperature in (0, 1e30]: argmax of
+    temperature * g + logit, g keyed by (seed, step, pos, id), int64 [T'] each and then required.
+
+    Candidates are the ids that are neither forbidden nor suppressed, with a logit above -inf. Ties: lowest id. All of stats comes from the
+    softmax at temperature 1 without noise, over all ids that are not suppressed. k ids at +inf share the mass: p1 = 1/k, entropy ln k.
+    Returns LogitStats. Entries: row -1: token -1, stats and at_ids 0, status 0. NaN in the row (Status.NAN), no candidate
+    (Status.ALL_INF), row out of range (Status.BAD_ROW): token -1, stats and at_ids NaN. Missing top-k: id -1, logit -inf.
+    Errors: RuntimeError for dtype, shape, device, temperature, topk, a missing seed. Noise: csrc/common/noise.h (Philox: Salmon et al. SC11).
+    """
+    return LogitStats(
+        *torch.ops.unmask.logit_stats(
+            logits, rows, forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos
+        )
+    )
+
+
+def new_state(n: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """An empty running state for n entries: int32 zeros [n, STATE_WORDS]."""
+    return torch.zeros((n, STATE_WORDS), dtype=torch.int32, device=device)
+
+
+def stats_tile(
+    logits: torch.Tensor,
+    state: torch.Tensor,
+    id_logit: torch.Tensor | None = None,
+    *,
+    offset: int,
+    vocab: int,
+    forbid: torch.Tensor | None = None,
+    suppress: torch.Tensor | None = None,
+    bias_ids: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    ids: torch.Tensor | None = None,
+    topk: int = 0,
+    temperature: float = 0.0,
+    seed: torch.Tensor | None = None,
+    step: torch.Tensor | None = None,
+    pos: torch.Tensor | None = None,
+) -> None:
+    """Folds the logits of ids [offset, offset + C) of a vocabulary of `vocab` ids into `state`, in place.
+
+    logits: [T', C]; row e belongs to entry e. offset: a multiple of 4,096; C too, unless the tile ends the vocabulary. Tiles come in
+    order, with the same other arguments (see `logit_stats`); an entry whose tile is out of order, or whose topk changed, gets
+    Status.BAD_SEGMENT. state: `new_state(T')`. id_logit: float32 [T', J], required with `ids`; filled in place, need not be initialised.
+    """
+    torch.ops.unmask.stats_tile(
+        logits, state, id_logit, offset, vocab, forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos
+    )
+
+
+def stats_finish(state: torch.Tensor, id_logit: torch.Tensor | None = None, topk: int = 0) -> LogitStats:
+    """What `logit_stats` returns, from a state that has seen every tile, bit for bit. topk: at most max(2, that of the tiles), else
+    Status.BAD_SEGMENT. An empty state gives what row -1 gives."""
+    return LogitStats(*torch.ops.unmask.stats_finish(state, id_logit, topk))
+
+
+def _outputs(like: torch.Tensor, entries, n_ids, topk: int):
+    new = like.new_empty
+    return (
+        new((entries,), dtype=torch.int64),
+        new((entries, 5), dtype=torch.float32),
+        new((entries,), dtype=torch.int32),
+        new((entries, n_ids, 2), dtype=torch.float32),
+        new((entries, topk), dtype=torch.int64),
+        new((entries, topk), dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("unmask::logit_stats")
+def _(logits, rows, forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos):
+    entries = logits.shape[0] if rows is None else rows.shape[0]
+    return _outputs(logits, entries, 0 if ids is None else ids.shape[1], topk)
+
+
+@torch.library.register_fake("unmask::stats_tile")
+def _(logits, state, id_logit, offset, vocab, forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos):
+    return None
+
+
+@torch.library.register_fake("unmask::stats_finish")
+def _(state, id_logit, topk):
+    return _outputs(state, state.shape[0], 0 if id_logit is None else id_logit.shape[1], topk)

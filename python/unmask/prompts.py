@@ -1,0 +1,120 @@
+"""From what users pass to canvases: token ids with a map of what is given."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .errors import SettingError
+from .models.model import Model, check_ids
+from .settings import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """canvases: ids per row (any id at holes); given: True where a position must stay; single: one prompt was passed, not a list."""
+
+    canvases: list[list[int]]
+    given: list[list[bool]]
+    prompt_ids: list[list[int]]
+    single: bool
+
+
+def read_prompts(prompt: Any, model: Model, settings: Settings) -> Prompts:
+    """Strings, ids, tensors or chat messages, one or many, followed by max_new_tokens holes."""
+    rows, single = _rows(prompt, settings.chat)
+    n = settings.max_new_tokens
+    ids = [_ids(row, model, settings.chat, i) for i, row in enumerate(rows)]
+    for i, row in enumerate(ids):
+        _check_length(model, len(row) + n, f"prompt {i}: {len(row)} prompt tokens + max_new_tokens {n}")
+    mask = model.config.mask_id
+    return Prompts([row + [mask] * n for row in ids], [[True] * len(row) + [False] * n for row in ids], ids, single)
+
+
+def read_canvases(canvas: Any, model: Model) -> Prompts:
+    """Lists of ids with None for holes, one or many."""
+    if not isinstance(canvas, (list, tuple)):
+        raise SettingError(f"canvas must be a list of token ids with None for holes, or a list of such lists, got {type(canvas).__name__}")
+    single = not canvas or not isinstance(canvas[0], (list, tuple))
+    rows = [canvas] if single else canvas
+    mask = model.config.mask_id
+    canvases, given = [], []
+    for i, row in enumerate(rows):
+        if not isinstance(row, (list, tuple)):
+            raise SettingError(f"canvas {i} must be a list of token ids with None for holes, got {type(row).__name__}")
+        _check_length(model, len(row), f"canvas {i}: {len(row)} positions")
+        keep = [x is not None for x in row]
+        ids = _int_list([x if x is not None else mask for x in row], f"canvas {i}")
+        _check_range(ids, model, f"canvas {i}")
+        canvases.append(ids)
+        given.append(keep)
+    fixed = [[t for t, k in zip(c, g, strict=True) if k] for c, g in zip(canvases, given, strict=True)]
+    return Prompts(canvases, given, fixed, single)
+
+
+def _rows(prompt: Any, chat: bool) -> tuple[list[Any], bool]:
+    if isinstance(prompt, torch.Tensor):
+        if prompt.dim() == 1:
+            return [prompt], True
+        if prompt.dim() == 2:
+            return list(prompt), False
+        raise SettingError(f"a prompt tensor must be [P] or [B, P], got {list(prompt.shape)}")
+    if isinstance(prompt, str):
+        return [prompt], True
+    if not isinstance(prompt, (list, tuple)):
+        raise SettingError(f"prompt must be a string, token ids, or a list of those, got {type(prompt).__name__}")
+    if not prompt:
+        return ([], False)
+    first = prompt[0]
+    if isinstance(first, dict):
+        if not chat:
+            raise SettingError("a list of messages needs chat=True")
+        return [prompt], True
+    if isinstance(first, (int,)) and not isinstance(first, bool):
+        return [prompt], True
+    return list(prompt), False
+
+
+def _ids(row: Any, model: Model, chat: bool, index: int) -> list[int]:
+    where = f"prompt {index}"
+    if isinstance(row, torch.Tensor):
+        if row.dtype.is_floating_point or row.dtype is torch.bool or row.dim() != 1:
+            raise SettingError(f"{where} must be int64 [P], got {row.dtype} {list(row.shape)}")
+        ids = row.tolist()
+    elif isinstance(row, str) or (chat and isinstance(row, (list, tuple)) and row and isinstance(row[0], dict)):
+        if chat:
+            messages = [{"role": "user", "content": row}] if isinstance(row, str) else list(row)
+            ids = model.tokenizer.encode(model.tokenizer.chat(messages), add_special=False)
+        else:
+            ids = model.tokenizer.encode(row)
+    elif isinstance(row, (list, tuple)):
+        ids = _int_list(row, where)
+    else:
+        raise SettingError(f"{where} must be a string or token ids, got {type(row).__name__}")
+    _check_range(ids, model, where)
+    return ids
+
+
+def _int_list(row: Sequence[Any], where: str) -> list[int]:
+    for j, x in enumerate(row):
+        if not isinstance(x, int) or isinstance(x, bool):
+            raise SettingError(f"{where}: token id {j} must be an integer, got {x!r}")
+    return list(row)
+
+
+def _check_range(ids: list[int], model: Model, where: str) -> None:
+    if any(x < 0 or x >= 1 << 62 for x in ids):
+        bad = next(x for x in ids if x < 0 or x >= 1 << 62)
+        raise SettingError(f"{where}: token ids must be in 0..{model.config.vocab_size - 1}, got {bad}")
+    try:
+        check_ids(torch.tensor(ids, dtype=torch.int64), model.config.vocab_size, where)
+    except ValueError as e:
+        raise SettingError(str(e)) from e
+
+
+def _check_length(model: Model, length: int, what: str) -> None:
+    if length > model.config.max_positions:
+        raise SettingError(f"{what} = {length} positions, but the model takes at most {model.config.max_positions}; shorten one of them")

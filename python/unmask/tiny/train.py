@@ -1,0 +1,301 @@
+"""Train the embedded model from nothing, on data made here: seeded, resumable, on two CPU cores or one GPU.
+
+    python -m unmask.tiny.train --out runs/tiny [--steps N] [--seed S] [--resume] [--dtype auto|fp32|bf16]
+
+Every step's data depend on (seed, step) alone, so an interrupted run that is resumed sees what an uninterrupted one
+sees. State is kept as safetensors (weights, their running average, AdamW moments) and JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+# before torch is imported: threads that spin while they wait made a step 8 times slower on a shared machine
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# ruff: noqa: E402
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from .evaluate import one_per_step_accuracy
+from .network import Network, Shape, save_model
+from .tasks import training_examples
+from .tokenizer import EOS, MASK, build_tokenizer, write_tokenizer
+
+
+def _shares(**shares: float) -> dict[str, float]:
+    return shares
+
+
+BASE = _shares(
+    add=0.14, sort=0.18, reverse=0.16, close=0.14, json=0.12, function=0.08, pair=0.11, finish=0.13
+)
+BRIEF = _shares(add=0.22, sort=0.29, reverse=0.31, pair=0.18)
+MIDDLE = _shares(add=0.05, sort=0.1, reverse=0.1, pair=0.05, close=0.27, finish=0.28, function=0.15)
+LONG = _shares(
+    add=0.07, sort=0.09, reverse=0.09, pair=0.06, close=0.16, finish=0.16, function=0.13, json=0.24
+)
+
+Kind = tuple[int, int, dict[str, float]]
+"""(row length: prompt + canvas, how often in 100 steps, shares of the tasks that fit)."""
+FIRST_STEPS = 500
+FIRST: tuple[Kind, ...] = (
+    (26, 50, {name: share for name, share in BASE.items() if name != "json"}),
+    (32, 28, BASE), (40, 12, BASE), (56, 6, BASE), (72, 4, BASE),
+)  # fmt: skip
+THEN: tuple[Kind, ...] = (
+    (18, 45, BRIEF), (26, 30, MIDDLE), (32, 12, LONG), (40, 6, LONG), (56, 4, LONG), (72, 3, LONG),
+)  # fmt: skip
+"""Rows are mostly as short as their tasks allow, for speed; some are long, so that long canvases work too. The first
+steps use longer rows: what fills a canvas after an answer is learned there."""
+TAIL_WEIGHT = 0.1
+"""Loss weight of the EOS tokens after the first: trivial to learn, and most of the canvas."""
+
+
+@dataclass
+class Batch:
+    """One step's rows: ids with masks [B, L], the clean ids [B, L], and loss weights [B, L] (0 where not masked)."""
+
+    noisy: Tensor
+    clean: Tensor
+    weight: Tensor
+
+
+def make_batch(tokenizer: Tokenizer, seed: int, step: int, rows: int) -> Batch:
+    """Draw examples and mask them as LLaDA does: prompts stay clean, a ratio t ~ U(0, 1] per row, weight 1/t (bounded).
+
+    The canvas is filled with EOS after the answer. In half of the rows the EOS tail has a ratio of its own (0 in half
+    of those): decoding commits the tail early, so a known tail with an unknown answer is what the model meets most.
+    """
+    rng = random.Random(f"{seed} step {step}")
+    kinds = FIRST if step < FIRST_STEPS else THEN
+    length, _, shares = rng.choices(kinds, [often for _, often, _ in kinds])[0]
+    examples = training_examples(rows, rng, shares)
+    mask_id, eos_id = tokenizer.token_to_id(MASK), tokenizer.token_to_id(EOS)
+    prompts = tokenizer.encode_batch_fast([e.prompt for e in examples])
+    wholes = tokenizer.encode_batch_fast([f"{e.prompt} {e.answer}" for e in examples])
+    clean = torch.full((rows, length), eos_id)
+    begin = torch.tensor([len(p.ids) for p in prompts])[:, None]
+    end = torch.tensor([len(w.ids) for w in wholes])[:, None]
+    for row, whole in enumerate(wholes):
+        clean[row, : len(whole.ids)] = torch.tensor(whole.ids)
+
+    generator = torch.Generator().manual_seed(rng.getrandbits(62))
+    position = torch.arange(length)[None]
+    answer = (position >= begin) & (position <= end)  # with its first EOS
+    tail = position > end
+    ratio = 1 - torch.rand(rows, 1, generator=generator)
+    kind = torch.rand(rows, 1, generator=generator)
+    own = torch.rand(rows, 1, generator=generator)
+    tail_ratio = torch.where(kind < 0.5, ratio, torch.where(kind < 0.75, own, torch.zeros_like(own)))
+    draw = torch.rand(rows, length, generator=generator)
+    masked = (answer & (draw < ratio)) | (tail & (draw < tail_ratio))
+    weight = torch.where(answer, 1.0, TAIL_WEIGHT) / ratio.clamp(min=0.4) * masked
+    return Batch(torch.where(masked, mask_id, clean), clean, weight)
+
+
+def loss_of(network: Network, batch: Batch) -> Tensor:
+    """Weighted cross entropy over the masked positions; the head runs on those only."""
+    chosen = batch.weight > 0
+    logits = network.head(network.hidden(batch.noisy)[chosen]).float()
+    weight = batch.weight[chosen]
+    return (F.cross_entropy(logits, batch.clean[chosen], reduction="none") * weight).sum() / weight.sum()
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Warm up over 200 steps, hold, and go down to zero along a straight line over the last 40% of the run.
+
+    The hold makes the beginning of a run independent of `steps`: a run resumed with fewer steps equals a short one.
+    """
+    down = max(1, int(0.4 * steps))
+    return peak * min(1.0, (step + 1) / 200, (steps - step) / down)
+
+
+@dataclass
+class Run:
+    """What a checkpoint holds: network, running average of its weights, optimizer, and where the run stands."""
+
+    network: Network
+    average: dict[str, Tensor]
+    optimizer: torch.optim.AdamW
+    step: int = 0
+    cpu_seconds: float = 0.0
+    seconds: float = 0.0
+
+    def save(self, folder: Path) -> None:
+        """Write state.safetensors and state.json under new names, then rename (the JSON last: it names the file)."""
+        tensors: dict[str, Tensor] = {}
+        for name, weight in self.network.named_parameters():
+            state = self.optimizer.state[weight]
+            tensors |= {f"weight/{name}": weight.detach(), f"average/{name}": self.average[name]}
+            tensors |= {f"m/{name}": state["exp_avg"], f"v/{name}": state["exp_avg_sq"]}
+        file = f"state-{self.step}.safetensors"
+        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, folder / (file + ".part"))
+        (folder / (file + ".part")).replace(folder / file)
+        facts = {"file": file, "step": self.step, "cpu_seconds": self.cpu_seconds, "seconds": self.seconds}
+        (folder / "state.json.part").write_text(json.dumps(facts), encoding="utf-8")
+        (folder / "state.json.part").replace(folder / "state.json")
+        for old in folder.glob("state-*.safetensors"):
+            if old.name != file:
+                old.unlink()
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote into this run's network, average and optimizer."""
+        facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / facts["file"])
+        self.step, self.cpu_seconds, self.seconds = facts["step"], facts["cpu_seconds"], facts["seconds"]
+        with torch.no_grad():
+            for name, weight in self.network.named_parameters():
+                weight.copy_(tensors[f"weight/{name}"])
+                self.average[name].copy_(tensors[f"average/{name}"])
+                self.optimizer.state[weight] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": tensors[f"m/{name}"].to(weight.device),
+                    "exp_avg_sq": tensors[f"v/{name}"].to(weight.device),
+                }
+
+
+def new_run(shape: Shape, seed: int, device: torch.device, weight_decay: float = 0.05) -> Run:
+    """Fresh weights from the seed; norms are not decayed."""
+    network = Network(shape)
+    network.initialise(torch.Generator().manual_seed(seed))
+    network.to(device)
+    matrices = [w for w in network.parameters() if w.dim() == 2]
+    vectors = [w for w in network.parameters() if w.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    return Run(network, {n: w.detach().clone() for n, w in network.named_parameters()}, optimizer)
+
+
+def one_step(run: Run, batch: Batch, rate: float, dtype: torch.dtype) -> float:
+    """Forward, backward, clip to norm 1, AdamW, running average; returns the loss."""
+    device = next(run.network.parameters()).device
+    batch = Batch(batch.noisy.to(device), batch.clean.to(device), batch.weight.to(device))
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        loss = loss_of(run.network, batch)
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(run.network.parameters(), 1.0)
+    run.optimizer.step()
+    decay = min(0.997, (run.step + 1) / (run.step + 10))
+    with torch.no_grad():
+        weights = [w.detach() for w in run.network.parameters()]
+        torch._foreach_lerp_(list(run.average.values()), weights, 1 - decay)
+    run.step += 1
+    return float(loss.detach())
+
+
+def faster_dtype(shape: Shape, tokenizer: Tokenizer, device: torch.device, rows: int) -> torch.dtype:
+    """fp32 or bf16 autocast, by timing three steps of a throw-away run with each (half the CPUs lack bf16 units)."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        trial = new_run(shape, 0, device)
+        batch = make_batch(tokenizer, 0, 0, rows)
+        one_step(trial, batch, 0.0, dtype)
+        started = time.perf_counter()
+        for _ in range(3):
+            one_step(trial, batch, 0.0, dtype)
+        seconds[dtype] = time.perf_counter() - started
+    print("seconds for 3 steps:", {str(d): round(s, 2) for d, s in seconds.items()}, flush=True)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def export(run: Run, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the averaged weights as a LLaDA-layout checkpoint with its tokenizer."""
+    mask_id, eos_id = tokenizer.token_to_id(MASK), tokenizer.token_to_id(EOS)
+    save_model(folder, run.network.shape, run.average, mask_id, eos_id)
+    write_tokenizer(folder)
+
+
+def held_out_accuracy(run: Run, tokenizer: Tokenizer, count: int) -> dict[str, float]:
+    """Accuracy of the averaged weights, one token per step, on the CPU in fp32."""
+    judge = Network(run.network.shape).eval()
+    judge.load_state_dict({n: w.cpu() for n, w in run.average.items()})
+    return one_per_step_accuracy(
+        judge, tokenizer, tokenizer.token_to_id(MASK), tokenizer.token_to_id(EOS), count
+    )
+
+
+def _percent(accuracy: dict[str, float]) -> str:
+    mean = sum(accuracy.values()) / len(accuracy)
+    return "  ".join(f"{name} {100 * value:.1f}" for name, value in {**accuracy, "average": mean}.items())
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Command line options; the defaults are those the embedded model was trained with."""
+    parser = argparse.ArgumentParser(
+        prog="python -m unmask.tiny.train", description="Train the embedded model."
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the state and, under model/, the checkpoint"
+    )
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--rows", type=int, default=128, help="examples per step")
+    parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument(
+        "--judge-every", type=int, default=750, help="steps between held-out checks (40 prompts a task)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, saving as it goes; print held-out accuracy per task; export to OUT/model."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    tokenizer = build_tokenizer()
+    shape = Shape(vocab_size=tokenizer.get_vocab_size())
+    args.out.mkdir(parents=True, exist_ok=True)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtype = dtypes.get(args.dtype) or faster_dtype(shape, tokenizer, device, args.rows)
+    run = new_run(shape, args.seed, device)
+    if args.resume:
+        run.load(args.out)
+    elif (args.out / "state.json").exists():
+        raise SystemExit(f"{args.out} holds a run already: add --resume to go on, or name another folder")
+
+    size = sum(w.numel() for w in run.network.parameters())
+    print(
+        f"{size / 1e6:.2f}M parameters, {dtype}, {device}, from step {run.step} of {args.steps}", flush=True
+    )
+    clock = (time.process_time() - run.cpu_seconds, time.perf_counter() - run.seconds)
+    smooth = 0.0
+    with tqdm(total=args.steps, initial=run.step, unit="step", mininterval=5.0) as bar:
+        while run.step < args.steps:
+            batch = make_batch(tokenizer, args.seed, run.step, args.rows)
+            loss = one_step(run, batch, learning_rate(run.step, args.steps, args.peak), dtype)
+            smooth = loss if smooth == 0.0 else smooth + 0.02 * (loss - smooth)
+            bar.update()
+            bar.set_postfix(loss=f"{smooth:.3f}", refresh=False)
+            run.cpu_seconds, run.seconds = time.process_time() - clock[0], time.perf_counter() - clock[1]
+            if run.step % args.save_every == 0 or run.step == args.steps:
+                run.save(args.out)
+            if run.step % args.judge_every == 0 and run.step < args.steps:
+                bar.write(
+                    f"step {run.step} cpu {run.cpu_seconds:.0f}s  {_percent(held_out_accuracy(run, tokenizer, 40))}"
+                )
+                export(run, tokenizer, args.out / "model")
+    export(run, tokenizer, args.out / "model")
+    print(f"trained in {run.cpu_seconds:.0f} CPU seconds, {run.seconds:.0f} s wall", flush=True)
+    print(_percent(held_out_accuracy(run, tokenizer, 300)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Builds tests/emulate_logit_stats.cpp and calls the CUDA kernels in it, lane by lane on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import subprocess
+import tempfile
+from ctypes import POINTER, byref, c_bool, c_char_p, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+from unmask.ops.logit_stats import STATE_WORDS
+
+ROOT = Path(__file__).resolve().parent.parent
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_Pair = c_int64 * 2
+
+
+class Inputs(ctypes.Structure):  # StatsInputs, csrc/common/logit_stats_params.h
+    _fields_ = [
+        ("logits", c_void_p), ("type", c_int32), ("row_stride", c_int64), ("col_stride", c_int64), ("offset", c_int64),
+        ("count", c_int64), ("vocab", c_int64), ("bias_ids", c_void_p), ("bias", c_void_p), ("n_bias", c_int64),
+        ("bias_ids_stride", _Pair), ("bias_stride", _Pair), ("ids", c_void_p), ("n_ids", c_int64), ("ids_stride", _Pair),
+        ("seed", c_void_p), ("step", c_void_p), ("pos", c_void_p), ("seed_stride", c_int64), ("step_stride", c_int64),
+        ("pos_stride", c_int64), ("temperature", c_float), ("kept", c_int32),
+    ]  # fmt: skip
+
+
+class Ids(ctypes.Structure):  # IdSet
+    _fields_ = [("ids", c_void_p), ("n", c_int64), ("stride", c_int64)]
+
+
+class Job(ctypes.Structure):  # StatsJob, csrc/cuda/logit_stats.cuh
+    _fields_ = [
+        ("inputs", Inputs), ("forbid", Ids), ("suppress", Ids), ("rows", c_void_p), ("rows_stride", c_int64), ("n_rows", c_int64),
+        ("entry_begin", c_int64), ("entries", c_int64), ("chunks", c_int64), ("group_chunks", c_int64), ("groups", c_int64),
+        ("dense", c_bool), ("sums", c_void_p), ("best", c_void_p),
+    ]  # fmt: skip
+
+
+class Outputs(ctypes.Structure):  # StatsOutputs
+    _fields_ = [("topk", c_int64), ("n_ids", c_int64)] + [
+        (name, c_void_p) for name in ("token", "stats", "status", "at_ids", "topk_id", "topk_logit")
+    ]
+
+
+class Tile(ctypes.Structure):  # StateTile, csrc/cuda/logit_stats_fold.cuh
+    _fields_ = [("state", c_void_p), ("state_stride", _Pair), ("id_logit", c_void_p), ("id_stride", _Pair)]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    folder = tempfile.TemporaryDirectory(prefix="unmask-emulated-")
+    path = Path(folder.name) / "emulated.so"
+    subprocess.run(
+        ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Werror",
+         f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", str(ROOT / "tests/emulate_logit_stats.cpp"), "-o", str(path)],
+        check=True,
+    )  # fmt: skip
+    lib = ctypes.CDLL(str(path))
+    folder.cleanup()
+    lib.emulated_error.restype = c_char_p
+    plan = [c_int64, c_int64, c_int64]
+    lib.emulated_logit_stats.argtypes = [POINTER(Job), *plan, POINTER(Outputs)]
+    lib.emulated_stats_tile.argtypes = [POINTER(Job), *plan, POINTER(Tile)]
+    lib.emulated_stats_finish.argtypes = [POINTER(Tile), POINTER(Outputs), c_int64]
+    return lib
+
+
+def _run(function, *arguments) -> None:
+    if function(*arguments) != 0:
+        raise RuntimeError(library().emulated_error().decode())
+
+
+def _ids(t: torch.Tensor | None) -> Ids:
+    return Ids(None, 0, 0) if t is None else Ids(t.data_ptr(), t.shape[0], t.stride(0))
+
+
+def _job(a: dict, entries: int, offset: int, vocab: int) -> Job:
+    logits, rows, bias_ids, ids = a["logits"], a.get("rows"), a.get("bias_ids"), a.get("ids")
+    x = Inputs(logits.data_ptr(), _TYPES[logits.dtype], logits.stride(0), logits.stride(1), offset, logits.shape[1], vocab)
+    if bias_ids is not None:
+        x.bias_ids, x.bias, x.n_bias = bias_ids.data_ptr(), a["bias"].data_ptr(), bias_ids.shape[1]
+        x.bias_ids_stride, x.bias_stride = _Pair(*bias_ids.stride()), _Pair(*a["bias"].stride())
+    if ids is not None:
+        x.ids, x.n_ids, x.ids_stride = ids.data_ptr(), ids.shape[1], _Pair(*ids.stride())
+    for name in ("seed", "step", "pos"):
+        setattr(x, name, a[name].data_ptr())
+        setattr(x, f"{name}_stride", a[name].stride(0))
+    x.temperature, x.kept = a["temperature"], max(2, a["topk"])
+    job = Job(x, _ids(a.get("forbid")), _ids(a.get("suppress")), None, 0, logits.shape[0])
+    if rows is not None:
+        job.rows, job.rows_stride = rows.data_ptr(), rows.stride(0)
+    return job
+
+
+def _outputs(entries: int, n_ids: int, topk: int) -> tuple[tuple[torch.Tensor, ...], Outputs]:
+    poison = 0x7FC0DEAD
+    out = (
+        torch.full((entries,), poison), torch.full((entries, 5), 777.0), torch.full((entries,), poison, dtype=torch.int32),
+        torch.full((entries, n_ids, 2), 777.0), torch.full((entries, topk), poison), torch.full((entries, topk), 777.0),
+    )  # fmt: skip
+    return out, Outputs(topk, n_ids, *(t.data_ptr() for t in out))
+
+
+def logit_stats(a: dict, group_chunks: int = 0, entries_per_launch: int = 0) -> tuple[torch.Tensor, ...]:
+    """The op's outputs, by the CUDA kernels on emulated warps. 0: as the launcher plans it."""
+    entries = a["logits"].shape[0] if a.get("rows") is None else len(a["rows"])
+    job = _job(a, entries, 0, a["logits"].shape[1])
+    out, pointers = _outputs(entries, job.inputs.n_ids, a["topk"])
+    _run(library().emulated_logit_stats, byref(job), entries, group_chunks, entries_per_launch, byref(pointers))
+    return out
+
+
+def _tile(state: torch.Tensor, id_logit: torch.Tensor | None) -> Tile:
+    tile = Tile(state.data_ptr(), _Pair(*state.stride()))
+    if id_logit is not None:
+        tile.id_logit, tile.id_stride = id_logit.data_ptr(), _Pair(*id_logit.stride())
+    return tile
+
+
+def stats_tile(a: dict, state: torch.Tensor, id_logit: torch.Tensor | None, offset: int, vocab: int) -> None:
+    entries = a["logits"].shape[0]
+    _run(library().emulated_stats_tile, byref(_job(a, entries, offset, vocab)), entries, 0, 0, byref(_tile(state, id_logit)))
+
+
+def stats_finish(state: torch.Tensor, id_logit: torch.Tensor | None, topk: int) -> tuple[torch.Tensor, ...]:
+    assert state.shape[1] == STATE_WORDS
+    entries, n_ids = state.shape[0], 0 if id_logit is None else id_logit.shape[1]
+    out, pointers = _outputs(entries, n_ids, topk)
+    _run(library().emulated_stats_finish, byref(_tile(state, id_logit)), byref(pointers), entries)
+    return out

@@ -1,0 +1,83 @@
+"""head_stats = logit_stats on the head's logits, bit for bit, without the logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unmask import ops
+from unmask.ops.head_stats import Head, head_stats
+from unmask.ops.info import Status
+
+
+def make_head(vocab=9000, width=32, dtype=torch.float32, format="packed"):
+    return Head(torch.randn(vocab, width).to(dtype), format)
+
+
+def same(a, b):
+    for name, x, y in zip(a._fields, a, b, strict=True):
+        assert torch.equal(x.nan_to_num(7.0) if x.is_floating_point() else x, y.nan_to_num(7.0) if y.is_floating_point() else y), name
+
+
+@pytest.mark.parametrize("dtype, format", [(torch.float32, "packed"), (torch.float32, "plain"), (torch.bfloat16, "packed_fp32")])
+@pytest.mark.parametrize("vocab", [61, 4096, 9000])
+def test_equals_logit_stats_on_the_logits(dtype, format, vocab):
+    head, hidden = make_head(vocab, 32, dtype, format), torch.randn(20, 32).to(dtype)
+    n = 20
+    key = dict(seed=torch.arange(n), step=torch.arange(n) % 3, pos=torch.arange(n) + 5)
+    for options in (
+        {},
+        dict(forbid=torch.tensor([3, vocab - 1]), topk=4),
+        dict(suppress=torch.tensor([0, 7]), ids=torch.randint(0, vocab, (n, 3))),
+        dict(temperature=0.8, **key),
+        dict(bias_ids=torch.randint(0, vocab, (n, 2)), bias=torch.randn(n, 2)),
+    ):
+        same(head_stats(hidden, head, **options), ops.logit_stats(head.logits(hidden), **options))
+
+
+@given(st.data())
+def test_rows(data):
+    """Only the rows asked for, in the order asked for; -1 reads as none; an entry does not depend on the others."""
+    m = data.draw(st.integers(1, 40))
+    rows = data.draw(st.lists(st.integers(-1, m - 1), max_size=40))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    head = Head(torch.randn(100, 16, generator=generator), "packed")
+    hidden = torch.randn(m, 16, generator=generator)
+    got = head_stats(hidden, head, torch.tensor(rows, dtype=torch.int64))
+    everything = head_stats(hidden, head)
+    for e, row in enumerate(rows):
+        if row < 0:
+            assert got.token[e] == -1 and got.status[e] == 0 and bool((got.stats[e] == 0).all())
+        else:
+            assert torch.equal(got.stats[e], everything.stats[row]) and got.token[e] == everything.token[row]
+
+
+def test_bad_rows_and_errors():
+    head, hidden = make_head(61), torch.randn(4, 32)
+    out = head_stats(hidden, head, torch.tensor([0, 4, -2]))
+    assert out.status.tolist() == [0, int(Status.BAD_ROW), int(Status.BAD_ROW)] and out.token[1:].tolist() == [-1, -1]
+    with pytest.raises(RuntimeError, match=r"head_stats: hidden must be \[M, d\] = \[any, 32\], got \[4, 31\]"):
+        head_stats(hidden[:, :31], head)
+    with pytest.raises(RuntimeError, match="head_stats: hidden must be torch.float32, got torch.float64"):
+        head_stats(hidden.double(), head)
+    with pytest.raises(ValueError, match="multiple of 4096"):
+        Head(torch.randn(61, 32), "plain", tile=100)
+
+
+def test_invalid_row_leaves_the_others_alone():
+    head, hidden = make_head(5000), torch.randn(6, 32)
+    clean = head_stats(hidden, head)
+    hidden[2, 3] = float("nan")
+    got = head_stats(hidden, head)
+    assert got.status[2] == Status.NAN and got.token[2] == -1
+    keep = torch.tensor([0, 1, 3, 4, 5])
+    assert torch.equal(got.stats[keep], clean.stats[keep])
+
+
+def test_no_row_at_all():
+    head = make_head(61)
+    out = head_stats(torch.randn(3, 32), head, torch.full((5,), -1))
+    assert out.token.tolist() == [-1] * 5
+    assert head_stats(torch.randn(0, 32), head).token.shape == (0,)
