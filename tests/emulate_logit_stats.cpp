@@ -1,4 +1,5 @@
-// The CUDA kernels of logit_stats on the CPU (emulate_warp.h), behind C functions that tests/test_cuda_logit_stats.py calls by ctypes.
+// The CUDA kernels of logit_stats on the CPU (emulate_warp.h), behind C functions that tests/test_cuda_logit_stats.py
+// calls by ctypes.
 #include "emulate_warp.h"
 
 #include <vector>
@@ -43,7 +44,8 @@ void run(StatsJob job, int64_t entries, int64_t group_chunks, int64_t entries_pe
   job.chunks = plan.chunks;
   job.group_chunks = plan.group_chunks;
   job.groups = plan.groups;
-  std::vector<uint32_t> sums(static_cast<size_t>(plan.entries_per_launch * plan.chunks * 3), 0x7FC0DEADu);  // poison: NaN
+  std::vector<uint32_t> sums(static_cast<size_t>(plan.entries_per_launch * plan.chunks * 3),
+                             0x7FC0DEADu);  // poison: NaN
   std::vector<uint32_t> best(static_cast<size_t>(plan.entries_per_launch * plan.groups * kGroupWords), 0x7FC0DEADu);
   job.sums = reinterpret_cast<SumExp*>(sums.data());
   job.best = reinterpret_cast<GroupBest*>(best.data());
@@ -75,18 +77,18 @@ void emulated_state_words(int64_t* out) {
   out[2] = static_cast<int64_t>(offsetof(StatsState, top) / 4) - StateRow::kTop;
 }
 
-int emulated_logit_stats(const StatsJob* job, int64_t entries, int64_t group_chunks, int64_t entries_per_launch, const StatsOutputs* out) {
+int emulated_logit_stats(const StatsJob* job, int64_t entries, int64_t group_chunks, int64_t entries_per_launch,
+                         const StatsOutputs* out) {
   return guarded([&] {
-    run(*job, entries, group_chunks, entries_per_launch, [&](const StatsJob& j) {
-      emulate(blocks_for(j.entries), kWarpsPerBlock, [&] { stats_fold(j, *out); });
-    });
+    run(*job, entries, group_chunks, entries_per_launch,
+        [&](const StatsJob& j) { emulate(blocks_for(j.entries), kWarpsPerBlock, [&] { stats_fold(j, *out); }); });
   });
 }
-int emulated_stats_tile(const StatsJob* job, int64_t entries, int64_t group_chunks, int64_t entries_per_launch, const StateTile* tile) {
+int emulated_stats_tile(const StatsJob* job, int64_t entries, int64_t group_chunks, int64_t entries_per_launch,
+                        const StateTile* tile) {
   return guarded([&] {
-    run(*job, entries, group_chunks, entries_per_launch, [&](const StatsJob& j) {
-      emulate(blocks_for(j.entries), kWarpsPerBlock, [&] { stats_fold_tile(j, *tile); });
-    });
+    run(*job, entries, group_chunks, entries_per_launch,
+        [&](const StatsJob& j) { emulate(blocks_for(j.entries), kWarpsPerBlock, [&] { stats_fold_tile(j, *tile); }); });
   });
 }
 int emulated_stats_finish(const StateTile* tile, const StatsOutputs* out, int64_t entries) {

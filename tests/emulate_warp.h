@@ -1,9 +1,11 @@
-// A warp on the CPU, for tests: the names of csrc/cuda/common/warp.cuh for the host. Each of the 32 lanes is a fiber that runs until its
-// next warp-wide operation; when all have arrived, all go on. Lanes that disagree about which operation comes next, and lanes that
-// leave while others wait, are errors, and so are misaligned 16-byte loads: on a GPU they would hang or trap.
+// A warp on the CPU, for tests: the names of csrc/cuda/common/warp.cuh for the host. Each of the 32 lanes is a fiber
+// that runs until its next warp-wide operation; when all have arrived, all go on. Lanes that disagree about which
+// operation comes next, and lanes that leave while others wait, are errors, and so are misaligned 16-byte loads: on a
+// GPU they would hang or trap.
 #pragma once
 #define UNMASK_EMULATE_WARP 1
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -32,21 +34,22 @@ class Warp {
     warp_ = warp;
     kernel_ = &kernel;
     error_.clear();
-    for (int i = 0; i < 32; ++i) {
-      Lane& lane = lanes_[i];
+    for (lane_ = 0; lane_ < 32; ++lane_) {
+      Lane& lane = lanes_[lane_];
       if (!lane.stack) lane.stack.reset(new char[kStack]);
-      getcontext(&lane.context);
-      lane.context.uc_stack.ss_sp = lane.stack.get();
-      lane.context.uc_stack.ss_size = kStack;
-      lane.context.uc_link = &main_;
+      getcontext(&lane.start);
+      lane.start.uc_stack.ss_sp = lane.stack.get();
+      lane.start.uc_stack.ss_size = kStack;
+      lane.start.uc_link = nullptr;
       lane.turns = 0;
       lane.done = false;
-      makecontext(&lane.context, &Warp::enter, 0);
+      makecontext(&lane.start, &Warp::enter, 0);
+      swapcontext(&main_start_, &lane.start);  // up to the setjmp in enter()
     }
     for (int left = 32; left > 0 && error_.empty();) {
       for (lane_ = 0; lane_ < 32 && error_.empty(); ++lane_) {
         if (lanes_[lane_].done) continue;
-        swapcontext(&main_, &lanes_[lane_].context);
+        if (_setjmp(main_) == 0) _longjmp(lanes_[lane_].here, 1);
         left -= lanes_[lane_].done;
       }
     }
@@ -61,7 +64,7 @@ class Warp {
     box.turn[lane_] = turn;
     box.value[lane_] = value;
     const int self = lane_;
-    swapcontext(&lanes_[self].context, &main_);
+    leave();
     for (int i = 0; i < 32; ++i) {
       if (box.turn[i] != turn || box.operation[i] != operation)
         error("lanes " + std::to_string(self) + " and " + std::to_string(i) + " are at different warp operations");
@@ -71,7 +74,7 @@ class Warp {
 
   void error(const std::string& text) {
     if (error_.empty()) error_ = text;
-    swapcontext(&lanes_[lane_].context, &main_);
+    leave();
   }
   int lane() const { return lane_; }
   int warp() const { return warp_; }
@@ -80,7 +83,8 @@ class Warp {
  private:
   static constexpr size_t kStack = size_t{1} << 17;
   struct Lane {
-    ucontext_t context;
+    ucontext_t start;
+    jmp_buf here;  // a switch by setjmp costs no system call
     std::unique_ptr<char[]> stack;
     int64_t turns = 0;
     bool done = false;
@@ -90,18 +94,25 @@ class Warp {
     int64_t turn[32];
     uint64_t value[32];
   };
+  void leave() {
+    if (_setjmp(lanes_[lane_].here) == 0) _longjmp(main_, 1);
+  }
   static void enter() {
     Warp& w = now();
+    Lane& self = w.lanes_[w.lane_];
+    if (_setjmp(self.here) == 0) swapcontext(&self.start, &w.main_start_);
     (*w.kernel_)();
-    w.lanes_[w.lane_].done = true;
+    self.done = true;
     for (const Lane& lane : w.lanes_) {
       if (lane.turns != w.lanes_[0].turns && lane.done) w.error_ = "a lane left while others wait";
     }
+    _longjmp(w.main_, 1);
   }
 
   Lane lanes_[32];
   Box boxes_[2];
-  ucontext_t main_;
+  ucontext_t main_start_;
+  jmp_buf main_;
   const std::function<void()>* kernel_ = nullptr;
   std::string error_;
   int lane_ = 0, warp_ = 0;

@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL:
     folder = tempfile.TemporaryDirectory(prefix="unmask-emulated-")
     path = Path(folder.name) / "emulated.so"
     subprocess.run(
-        ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Werror",
+        ["g++", "-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Werror",
          f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", str(ROOT / "tests/emulate_logit_stats.cpp"), "-o", str(path)],
         check=True,
     )  # fmt: skip

@@ -55,11 +55,15 @@ def write_shards(folder: Path, count: int = 3, tensors: dict | None = None) -> d
 
 
 def write_index(folder: Path, index: dict | str) -> None:
-    text = index if isinstance(index, str) else json.dumps({"metadata": {"total_size": 0}, "weight_map": index})
+    text = (
+        index if isinstance(index, str) else json.dumps({"metadata": {"total_size": 0}, "weight_map": index})
+    )
     (folder / "model.safetensors.index.json").write_text(text)
 
 
-def write_cache(cache: Path, repo_id: str = "org/model", commit: str = "a1b2c3", source: Path = GOLDEN, main: bool = True) -> Path:
+def write_cache(
+    cache: Path, repo_id: str = "org/model", commit: str = "a1b2c3", source: Path = GOLDEN, main: bool = True
+) -> Path:
     """A model in the Hugging Face cache layout, its files links into blobs; returns the snapshot folder."""
     root = cache / ("models--" + repo_id.replace("/", "--"))
     snapshot = root / "snapshots" / commit

@@ -20,7 +20,7 @@ from tokenizers.models import WordLevel
 
 import unmask
 from unmask.cli import doctor, examples, live, main, options, show
-from unmask.result import Commit, Done
+from unmask.result import Commit, Done, Step
 
 WORDS = 40
 MASK, EOS = WORDS, WORDS + 1
@@ -218,6 +218,7 @@ def interrupted(commits: int):
         for i in range(commits):
             canvas = [*canvas]
             canvas[3 + i] = 10 + i
+            yield Step(i, 0.0, {0: 11 - i})
             yield Commit(0, 0, i, i + 1, [3 + i], [10 + i], [0.5], 11 - i, canvas)
         raise KeyboardInterrupt
 
@@ -275,7 +276,7 @@ def test_live_canvas_neutralises_generated_text():
     pieces = show.Pieces(lambda ids: HOSTILE * len(ids))
     view = live.Canvas(pieces, 1, MASK)
     out = io.StringIO()
-    Console(file=out, force_terminal=True, width=200, color_system="truecolor").print(view.text(commit_of([0, 5, MASK], [1], [0.95])))
+    Console(file=out, force_terminal=True, width=200, color_system="truecolor").print(view.text(commit_of([0, 5, MASK], [1], [0.95]), 1))
     text = out.getvalue()
     assert "]0;owned" in text and "\x1b]" not in text and "\x1b[2J" not in text and "\x07" not in text
     assert "\r" not in text and "\x9b" not in text and "\u202e" not in text and "evil[red]" in text and show.MASK in text
@@ -283,14 +284,14 @@ def test_live_canvas_neutralises_generated_text():
 
 def test_live_canvas_colours_fresh_tokens_by_score():
     view = live.Canvas(show.id_pieces(), 1, MASK)
-    spans = view.text(commit_of([9, 1, 2, 3, 4, MASK], [1, 2, 3], [0.95, 0.5, 0.1])).spans
+    spans = view.text(commit_of([9, 1, 2, 3, 4, MASK], [1, 2, 3], [0.95, 0.5, 0.1]), 1).spans
     assert [str(s.style) for s in spans[:4]] == ["green", "yellow", "red", "bright_black"]
 
 
 def test_live_lines_stay_lines():
     lines = []
     view = live.Lines(show.Pieces(lambda ids: HOSTILE * len(ids)), 1, MASK, lines.append)
-    view.update(commit_of([0, 5, MASK], [1], [0.9]))
+    view.update(commit_of([0, 5, MASK], [1], [0.9]), 1)
     assert len(lines) == 1 and lines[0].isprintable()
 
 

@@ -10,6 +10,7 @@ import tracemalloc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from unmask.errors import CheckpointError, SettingError
 from unmask.models import chat, llada, render_chat
 
@@ -32,15 +33,17 @@ def test_released_template_and_our_default_render_the_same():
     for count in (1, 2, 4):
         theirs = render_chat(MESSAGES[:count], RELEASED, bos_token=llada.BOS_TOKEN)
         assert theirs == render_chat(MESSAGES[:count], llada.CHAT_TEMPLATE, bos_token=llada.BOS_TOKEN)
-    assert theirs.startswith("<|startoftext|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>")
+    assert theirs.startswith(
+        "<|startoftext|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+    )
     assert theirs.endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
 
 
 TEMPLATES = {
     "{{ messages|length }}": "4",
-    "{% for m in messages %}{{ loop.index }}{{ loop.index0 }}{{ loop.revindex }}{{ loop.length }}{% endfor %}": "1044213432243144",
+    "{% for m in messages %}{{ loop.index }}{{ loop.index0 }}{{ loop.revindex }}{{ loop.length }}{% endfor %}": "1044213432244314",
     "{% for m in messages %}{{ '<' if loop.first else '' }}{{ m.role[0] }}{{ '>' if loop.last }}{% endfor %}": "<suau>",
-    "{% for m in messages %}{% if m.role != 'user' %}{% continue %}{% endif %}{{ m.content }};{% endfor %}": "Be brief.;yo;",
+    "{% for m in messages %}{% if m.role != 'user' %}{% continue %}{% endif %}{{ m.content }};{% endfor %}": " Hi ;go;",
     "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.role }}.{% endfor %}": "system.user.",
     "{% for m in messages if m.role == 'user' %}{{ loop.index }}{{ m.content|trim }}{% endfor %}": "1Hi2go",
     "{% for m in messages[::-1] %}{{ m.role[0] }}{% else %}none{% endfor %}": "uaus",
@@ -66,6 +69,8 @@ TEMPLATES = {
     "{{ strftime_now('%%') }}": "%",
     "{{ [3, 1, 2]|sort|join }}{{ {'b': 1, 'a': 2}|dictsort }}{{ [1, 1]|unique|list }}{{ 'abc'|reverse }}": "123[('a', 2), ('b', 1)][1]cba",
     "{% set x %}b{{ bos_token }}{% endset %}{{ x }}": "b<s>",
+    "{{ messages[1:3]|length }}{{ messages[0].content[:2] }}{{ (1, 2)[::-1] }}": "2Be(2, 1)",
+    "{{ 1 < 2 < 3 }}{{ 3 is odd }}{{ 'x' is in 'xyz' }}{{ 'user' in messages|map(attribute='role')|list }}": "TrueTrueTrueTrue",
     "{{ messages[0].get('nope', 'd') }}{{ messages[0].nope }}{{ 'role' in messages[0] }}": "dTrue",
 }
 
@@ -82,15 +87,19 @@ def test_same_as_plain_jinja():
 
     plain = Environment(trim_blocks=True, lstrip_blocks=True)
     for template in (RELEASED, llada.CHAT_TEMPLATE):
-        expected = plain.from_string(template).render(messages=MESSAGES, bos_token="<s>", add_generation_prompt=True)
+        expected = plain.from_string(template).render(
+            messages=MESSAGES, bos_token="<s>", add_generation_prompt=True
+        )
         assert render_chat(MESSAGES, template, bos_token="<s>") == expected
 
 
 def test_a_long_conversation_is_fast():
-    messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": "word " * 100} for i in range(1000)]
-    start = time.perf_counter()
+    messages = [
+        {"role": "user" if i % 2 == 0 else "assistant", "content": "word " * 100} for i in range(1000)
+    ]
+    start = time.process_time()
     text = render_chat(messages, RELEASED, bos_token="<s>")
-    assert len(text) > 500_000 and time.perf_counter() - start < 2
+    assert len(text) > 500_000 and time.process_time() - start < 2
 
 
 def test_raise_exception_is_the_caller_s_error():
@@ -146,10 +155,12 @@ HOSTILE = [
     "{{ 10 ** 5000 }}",
     "{{ (2 ** 4000) * (2 ** 4000) }}",
     "{% set n = namespace(x=3) %}{% for i in range(99999) %}{% set n.x = n.x * n.x %}{% endfor %}",
-    "{{ ('9' * 100000)|int }}",
     "{{ range(99999)|map('string')|map('indent', 9999)|list|length }}",
     "{% for i in range(99999) %}{{ messages|tojson|length }}{% for j in range(99) %}{% endfor %}{% endfor %}",
     "{% for i in range(99999) %}{% set x = messages|sort(attribute='role') %}{{ x|length }}{{ x|tojson|length }}{% endfor %}",
+    "{% set s = 'ab' * 4000000 %}{% set t = s ~ '' %}" + "{{ s[::-1] == t }}" * 3000,
+    "{% set s = 'ab' * 4000000 %}" + "{{ 'ba' * 50 ~ 'c' in s }}" * 2000 + "{{ 1 / 0 }}",
+    "{{ 1.5|round(10**9, 'ceil') }}",
     "{{" + "(" * 60000 + "1" + ")" * 60000 + "}}",
     "{{" + "-" * 100000 + "1}}",
     "{{ " + "not " * 25000 + "1 }}",
@@ -159,6 +170,8 @@ HOSTILE = [
     "{% if 1 %}" * 5000 + "{% endif %}" * 5000,
     "{% for i in [1] %}" * 200 + "{% endfor %}" * 200,
     "x" * 200000,
+    "{{ a }}" * 20000,
+    ("{% for i in [1] %}" * 11 + "{% endfor %}" * 11) * 150 + "{{ 1 / 0 }}",
     # memory
     "{{ 'a' * 10**9 }}",
     "{{ 10**9 * 'a' }}",
@@ -185,7 +198,7 @@ HOSTILE = [
     "{{ " + BIG + "|replace(new=" + BIG + ", old='a') }}",
     "{{ " + BIG + ".join(" + BIG + ") }}",
     "{{ range(100000)|join(" + BIG + ") }}",
-    "{{ range(100000)|map('string')|join(d=" + BIG + ") }}",
+    "{{ range(10000)|map('string')|join(d=" + BIG + ") }}",
     "{{ ('a\n' * 100000)|indent(100000) }}",
     "{{ ('a\n' * 100000)|indent(" + BIG + ") }}",
     "{{ ('a\n' * 100000)|indent(width=100000) }}",
@@ -207,8 +220,6 @@ HOSTILE = [
     "{{ joiner.__init__.__globals__ }}",
     "{{ namespace.__init__.__globals__ }}",
     "{{ self.__init__.__globals__ }}",
-    "{{ raise_exception.__globals__ }}",
-    "{{ range.__self__ }}",
     "{{ dict.__subclasses__() }}", "{{ dict.mro() }}", "{{ dict.fromkeys(range(99999)) }}",
     "{% macro m() %}{{ m._func.__globals__ }}{% endmacro %}{{ m() }}",
     "{% macro m() %}{{ varargs }}{% endmacro %}{{ m(1) }}", "{% macro m() %}{{ kwargs }}{% endmacro %}{{ m(a=1) }}",
@@ -218,21 +229,23 @@ HOSTILE = [
     "{{ dict }}", "{{ range(5) }}", "{{ namespace(a=1) }}", "{{ self }}", "{{ raise_exception }}",
     # broken
     "{% if %}", "{{ 1 / 0 }}", "{{ nothing.x }}", "{% for %}", "{{ messages[0]['x'].y }}", "{{ 'a' + 1 }}", "{{ strftime_now('x' * 999) }}",
-    "{{ strftime_now(3) }}", "{% generation %}", "{% unknown %}", "{{ 'a'|nofilter }}", "{{ 'a' is notest }}", "{{", "{% raw %}",
+    "{{ strftime_now(3) }}", "{% generation %}", "{% unknown %}", "{{ 'a'|nofilter }}", "{{ 'a' is notest }}", "{{",
     "{{ nothing|tojson }}", "{{ messages() }}", "{{ none() }}",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("template", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_templates_end_soon_in_one_error(template):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match="cannot render the chat template"):
         render_chat(MESSAGES, template)
-    assert time.perf_counter() - start < chat.SECONDS + 3
+    assert time.process_time() - start < 2 * chat.SECONDS
     assert MESSAGES[0] == {"role": "system", "content": "Be brief."}
 
 
-@pytest.mark.parametrize("template", [t for t in HOSTILE if "10**9" in t or "GROW" in t or t.startswith(GROW) or BIG in t])
+@pytest.mark.parametrize(
+    "template", [t for t in HOSTILE if "10**9" in t or "GROW" in t or t.startswith(GROW) or BIG in t]
+)
 def test_hostile_templates_stay_small(template):
     tracemalloc.start()
     try:
@@ -241,6 +254,14 @@ def test_hostile_templates_stay_small(template):
         assert tracemalloc.get_traced_memory()[1] < 300 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ messages.__class__ }}", "{{ raise_exception.__globals__ }}", "{{ range.__self__ }}", "{{ lipsum }}"],
+)
+def test_what_is_private_prints_nothing(template):
+    assert render_chat(MESSAGES, template) == ""
 
 
 def test_limits_are_those_of_one_rendering():
@@ -254,7 +275,10 @@ def test_threads_have_budgets_of_their_own():
 
     def work(number: int) -> None:
         for _ in range(20):
-            text = render_chat([{"role": "user", "content": str(number)}], "{% for i in range(2000) %}{{ messages[0].content }}{% endfor %}")
+            text = render_chat(
+                [{"role": "user", "content": str(number)}],
+                "{% for i in range(2000) %}{{ messages[0].content }}{% endfor %}",
+            )
             if text != str(number) * 2000:
                 failures.append(number)
 
@@ -278,9 +302,9 @@ pieces = st.sampled_from(
 
 @given(template=st.lists(pieces, max_size=12).map("".join) | st.text(max_size=40))
 def test_any_template_renders_or_is_refused(template):
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         assert len(render_chat(MESSAGES, template)) <= chat.OUTPUT_CHARS
     except (CheckpointError, SettingError):
         pass
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 2 * chat.SECONDS

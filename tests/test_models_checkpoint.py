@@ -149,7 +149,10 @@ def test_qkv_bias_and_grouped_heads(tmp_path):
             tensors[key + "bias"] = torch.arange(float(rows))
     write_checkpoint(tmp_path, tensors, include_qkv_bias=True, n_kv_heads=2)
     weights = load(tmp_path)
-    assert torch.equal(weights["layers.2.k_bias"], torch.arange(32.0)) and weights["layers.0.v"].shape == (32, 64)
+    assert torch.equal(weights["layers.2.k_bias"], torch.arange(32.0)) and weights["layers.0.v"].shape == (
+        32,
+        64,
+    )
     assert inspect(tmp_path).n_parameters == inspect(tmp_path).config.n_parameters
 
 
@@ -211,7 +214,9 @@ def test_stored_types_beyond_the_three_are_refused(tmp_path, dtype):
     tensors[ROOT + "ln_f.weight"] = tensors[ROOT + "ln_f.weight"].to(dtype)
     write_checkpoint(tmp_path, tensors)
     (problem,) = problems(tmp_path)
-    assert problem.startswith("tensor model.transformer.ln_f.weight must be stored as one of F32, BF16, F16, got ")
+    assert problem.startswith(
+        "tensor model.transformer.ln_f.weight must be stored as one of F32, BF16, F16, got "
+    )
 
 
 # --- tensors that do not fit ------------------------------------------------------------------------------------
@@ -253,7 +258,9 @@ def test_a_config_of_another_model(tmp_path):
     assert len(found) > 30 and found[0].startswith("the config describes")
     assert "missing tensor model.transformer.blocks.3.up_proj.weight of shape [320, 128]" in found
     fewer = problems(write_checkpoint(tmp_path, n_layers=2))
-    assert len(fewer) == 9 and all(p.startswith("unexpected tensor 'model.transformer.blocks.2.") for p in fewer)
+    assert len(fewer) == 9 and all(
+        p.startswith("unexpected tensor 'model.transformer.blocks.2.") for p in fewer
+    )
 
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -292,7 +299,9 @@ def test_mutated_headers_never_crash(tmp_path):
         mutant = bytearray(whole)
         for _ in range(rng.choice((1, 1, 1, 2, 8))):
             position = rng.randrange(8) if rng.random() < 0.1 else rng.randrange(length)
-            mutant[position] = rng.choice((rng.randrange(256), mutant[position] ^ (1 << rng.randrange(8)), 0x30, 0x22))
+            mutant[position] = rng.choice(
+                (rng.randrange(256), mutant[position] ^ (1 << rng.randrange(8)), 0x30, 0x22)
+            )
         (tmp_path / "model.safetensors").write_bytes(mutant)
         try:
             weights = load(tmp_path)
@@ -330,7 +339,9 @@ def test_lying_headers(tmp_path, change):
     assert problems(tmp_path)
 
 
-@pytest.mark.parametrize("header", [b"", b"{}", b"[]", b"null", b"{" * 100_000, b'{"a":' * 50_000, b"\xff" * 100])
+@pytest.mark.parametrize(
+    "header", [b"", b"{}", b"[]", b"null", b"{" * 100_000, b'{"a":' * 50_000, b"\xff" * 100]
+)
 def test_headers_that_are_no_headers(tmp_path, header):
     write_checkpoint(tmp_path)
     write_raw(tmp_path / "model.safetensors", header, b"")
@@ -349,7 +360,9 @@ def test_a_duplicate_name_in_a_header(tmp_path):
     header, data = header_of(GOLDEN / "model.safetensors")
     text = json.dumps(header)
     entry = json.dumps(header[ROOT + "ln_f.weight"])
-    twice = text[:-1] + f', "{ROOT}ln_f.weight": {{"dtype": "F32", "shape": [64], "data_offsets": [0, 256]}}}}'
+    twice = (
+        text[:-1] + f', "{ROOT}ln_f.weight": {{"dtype": "F32", "shape": [64], "data_offsets": [0, 256]}}}}'
+    )
     assert entry in text
     write_raw(tmp_path / "model.safetensors", twice.encode(), data)
     assert problems(tmp_path)
@@ -409,11 +422,15 @@ def test_index_and_shards_disagree(tmp_path):
     moved[name] = next(file for file in index.values() if file != index[name])
     write_index(tmp_path, moved)
     found = problems(tmp_path)
-    assert found == [f"tensor '{name}' is in {index[name]}, but model.safetensors.index.json says {moved[name]}"]
+    assert found == [
+        f"tensor '{name}' is in {index[name]}, but model.safetensors.index.json says {moved[name]}"
+    ]
     write_index(tmp_path, {n: f for n, f in index.items() if n != name})
     assert problems(tmp_path) == [f"tensor '{name}' of {index[name]} is not in model.safetensors.index.json"]
     write_index(tmp_path, index | {"ghost": index[name]})
-    assert problems(tmp_path) == [f"tensor 'ghost' is not in {index[name]}, where model.safetensors.index.json says it is"]
+    assert problems(tmp_path) == [
+        f"tensor 'ghost' is not in {index[name]}, where model.safetensors.index.json says it is"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -441,7 +458,9 @@ def test_shards_must_be_safetensors(tmp_path, file):
     assert any("which is no .safetensors file" in p for p in problems(tmp_path))
 
 
-@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": 3}', "{" * 99999])
+@pytest.mark.parametrize(
+    "index", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": 3}', "{" * 99999]
+)
 def test_broken_indexes(tmp_path, index):
     write_shards(tmp_path, 1)
     write_index(tmp_path, index)
@@ -520,12 +539,21 @@ def test_booby_trapped_folder(tmp_path):
         trust_remote_code=True,
     )
     code = f"open({str(mark)!r}, 'w').close()\n"
-    for name in ("modeling_x.py", "configuration_x.py", "__init__.py", "conftest.py", "tokenization_x.py", "config.py"):
+    for name in (
+        "modeling_x.py",
+        "configuration_x.py",
+        "__init__.py",
+        "conftest.py",
+        "tokenization_x.py",
+        "config.py",
+    ):
         (folder / name).write_text(code)
     for name in ("pytorch_model.bin", "model.pt", "model.ckpt", "training_args.bin", "optimizer.pth"):
         torch.save(Bomb(mark), folder / name)
     script = f"import unmask.models as m; info = m.inspect({str(folder)!r}); print(len(dict(m.load_tensors(info))))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, env=environment(), capture_output=True, text=True
+    )
     assert done.stdout.strip() == "30", done.stderr
     assert not mark.exists()
 
@@ -537,7 +565,10 @@ def test_pickle_only_is_refused_with_a_hint(tmp_path, suffix):
     write_config(folder, golden_config())
     torch.save(Bomb(mark), folder / f"pytorch_model.{suffix}")
     (problem,) = problems(folder)
-    assert problem.startswith(f"no safetensors, only pytorch_model.{suffix}: pickle files can run code") and "save_file" in problem
+    assert (
+        problem.startswith(f"no safetensors, only pytorch_model.{suffix}: pickle files can run code")
+        and "save_file" in problem
+    )
     assert not mark.exists()
 
 

@@ -43,7 +43,9 @@ def test_golden_config():
 
 def test_released_config_has_the_released_size():
     config = read(RELEASED)
-    assert config.n_parameters * 2 == 16_031_162_368  # total_size in LLaDA-8B-Instruct's model.safetensors.index.json
+    assert (
+        config.n_parameters * 2 == 16_031_162_368
+    )  # total_size in LLaDA-8B-Instruct's model.safetensors.index.json
     assert (config.mask_id, config.eos_ids, config.pad_id) == (126336, (126081, 126348), 126081)
     specs = llada.weight_map(config)
     assert len(specs) == 3 + 9 * 32
@@ -97,7 +99,21 @@ NUMBERS = (
     "d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "mlp_ratio", "vocab_size", "embedding_size",
     "max_sequence_length", "mask_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
-BAD_NUMBERS = (0.5, 64.0, "64", True, [64, "x"], {}, float("nan"), float("inf"), -1, 10**9, 10**30, -(10**30), 10**5000)
+BAD_NUMBERS = (
+    0.5,
+    64.0,
+    "64",
+    True,
+    [64, "x"],
+    {},
+    float("nan"),
+    float("inf"),
+    -1,
+    10**9,
+    10**30,
+    -(10**30),
+    10**5000,
+)
 
 
 @pytest.mark.parametrize("field", NUMBERS)
@@ -107,7 +123,9 @@ def test_bad_integers_name_the_field(field, value):
 
 
 @pytest.mark.parametrize("field", ["rope_theta", "rms_norm_eps"])
-@pytest.mark.parametrize("value", ["1", True, [], float("nan"), float("inf"), float("-inf"), -1.0, 1e300, None])
+@pytest.mark.parametrize(
+    "value", ["1", True, [], float("nan"), float("inf"), float("-inf"), -1.0, 1e300, None]
+)
 def test_bad_floats_name_the_field(field, value):
     theirs = {"rope_theta": "rope_theta", "rms_norm_eps": "norm_eps"}[field]
     assert any(theirs in problem for problem in problems({field: value}))
@@ -160,8 +178,16 @@ def test_unsupported_options_name_field_value_and_what_is_supported(field, value
 
 
 def test_all_problems_come_at_once():
-    found = problems({"alibi": True, "n_layers": -1, "rms_norm_eps": "x", "mask_token_id": 10**9, "block_type": 3})
-    assert [problem.split()[0] for problem in found] == ["block_type", "alibi", "n_layers", "rms_norm_eps", "mask_token_id"]
+    found = problems(
+        {"alibi": True, "n_layers": -1, "rms_norm_eps": "x", "mask_token_id": 10**9, "block_type": 3}
+    )
+    assert [problem.split()[0] for problem in found] == [
+        "block_type",
+        "alibi",
+        "n_layers",
+        "rms_norm_eps",
+        "mask_token_id",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -187,14 +213,16 @@ def test_parameter_count_is_capped_and_named():
     found = problems(
         {"d_model": 131072, "n_heads": 128, "n_kv_heads": 128, "n_layers": 1024, "mlp_hidden_size": 1 << 20}
     )
-    assert found == ["the sizes make 492,600,279,040,000 parameters; at most 1,099,511,627,776 are accepted"] or (
-        len(found) == 1 and found[0].endswith("parameters; at most 1,099,511,627,776 are accepted")
-    )
+    assert found == [
+        "the sizes make 492,600,279,040,000 parameters; at most 1,099,511,627,776 are accepted"
+    ] or (len(found) == 1 and found[0].endswith("parameters; at most 1,099,511,627,776 are accepted"))
 
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
+    lambda children: (
+        st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -223,7 +251,16 @@ def test_family_is_detected():
     assert detect_family({"architectures": ["LLaDAModelLM"]}) == "llada"
 
 
-@pytest.mark.parametrize("raw", [{}, {"model_type": "llama"}, {"model_type": 3}, {"architectures": "LLaDAModelLM"}, {"architectures": [None]}])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {},
+        {"model_type": "llama"},
+        {"model_type": 3},
+        {"architectures": "LLaDAModelLM"},
+        {"architectures": [None]},
+    ],
+)
 def test_unknown_families_name_the_supported_ones(raw):
     with pytest.raises(CheckpointError, match="supported: llada: model_type llada"):
         detect_family(raw)

@@ -102,7 +102,9 @@ def test_a_snapshot_without_refs(cache):
     assert "is not on this machine" in missing("org/model")  # two, and nothing says which
 
 
-@pytest.mark.parametrize("ref", ["../../../../etc", "/etc", "", "..", "a/b", "\0", "x" * 5000, b"\xff\xfe".decode("latin1")])
+@pytest.mark.parametrize(
+    "ref", ["../../../../etc", "/etc", "", "..", "a/b", "\0", "x" * 5000, b"\xff\xfe".decode("latin1")]
+)
 def test_hostile_refs(cache, ref):
     write_cache(cache)
     write_cache(cache, commit="other", main=False)
@@ -129,7 +131,9 @@ def test_caches_in_order(tmp_path, monkeypatch):
     default = write_cache(tmp_path / "home" / ".cache" / "huggingface" / "hub")
     assert resolve("org/model") == default
     for name, place in places.items():
-        monkeypatch.setenv(name, str({"XDG_CACHE_HOME": tmp_path / "xdg", "HF_HOME": tmp_path / "hf"}.get(name, place)))
+        monkeypatch.setenv(
+            name, str({"XDG_CACHE_HOME": tmp_path / "xdg", "HF_HOME": tmp_path / "hf"}.get(name, place))
+        )
         snapshot = write_cache(place)
         assert resolve("org/model") == snapshot
     labels = [place.label for place in search_paths()]
@@ -157,7 +161,9 @@ def test_a_folder_comes_before_the_cache(tmp_path, cache):
     assert resolve("org/model") == cache / "models--org--model" / "snapshots" / "a1b2c3"
 
 
-@pytest.mark.parametrize("text", ["../x/y", "a/../b", "a/b/c", "a//b", "/a", "a/", "a/..", "--a/b", "a--b/c", "a b/c", "a/b\n"])
+@pytest.mark.parametrize(
+    "text", ["../x/y", "a/../b", "a/b/c", "a//b", "/a", "a/", "a/..", "--a/b", "a--b/c", "a b/c", "a/b\n"]
+)
 def test_ids_cannot_leave_the_cache(text):
     assert "no such folder" in missing(text)
 
@@ -207,7 +213,9 @@ def test_download_only_when_asked_and_only_when_missing(tmp_path, cache, monkeyp
     missing("org/model")
     assert calls == []
     assert resolve("org/model", download=True) == folder
-    assert calls == [("org/model", {"revision": "main", "allow_patterns": ["*.safetensors", "*.json", "*.jinja"]})]
+    assert calls == [
+        ("org/model", {"revision": "main", "allow_patterns": ["*.safetensors", "*.json", "*.jinja"]})
+    ]
     write_cache(cache)
     assert resolve("org/model", download=True) == cache / "models--org--model" / "snapshots" / "a1b2c3"
     assert len(calls) == 1
@@ -230,7 +238,10 @@ def test_offline_mode_of_the_real_library(tmp_path, cache):
     source = str(Path(hub.__file__).resolve().parents[2])
     env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": source, "HF_HUB_CACHE": str(cache)}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
-    assert "ModelNotFound: could not download 'org/model'" in done.stderr or "pip install unmask[hub]" in done.stderr
+    assert (
+        "ModelNotFound: could not download 'org/model'" in done.stderr
+        or "pip install unmask[hub]" in done.stderr
+    )
 
 
 def test_looking_up_imports_no_torch():

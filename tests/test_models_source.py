@@ -11,7 +11,17 @@ SOURCE = Path(__file__).resolve().parent.parent / "python"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
-FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "runpy"}
+FORBIDDEN_MODULES = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "dill",
+    "cloudpickle",
+    "marshal",
+    "shelve",
+    "joblib",
+    "runpy",
+}
 ALLOWED_METHODS = {("models", "eval"), ("models", "compile")}
 
 
@@ -33,7 +43,11 @@ def test_no_way_to_run_foreign_code(path):
                 assert function.id not in FORBIDDEN_CALLS, where
             if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
                 assert (function.value.id, function.attr) != ("torch", "load"), where
-                assert (function.value.id, function.attr) not in {("os", "system"), ("np", "load"), ("numpy", "load")}, where
+                assert (function.value.id, function.attr) not in {
+                    ("os", "system"),
+                    ("np", "load"),
+                    ("numpy", "load"),
+                }, where
         if isinstance(node, ast.keyword):
             assert node.arg != "trust_remote_code", where
             assert not (node.arg == "weights_only"), where

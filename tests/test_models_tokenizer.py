@@ -13,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models_kit import GOLDEN, write_checkpoint
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors
+
+from models_kit import GOLDEN, write_checkpoint
 from unmask.errors import CheckpointError, SettingError
 from unmask.models import Tokenizer, inspect
 
@@ -34,13 +35,17 @@ def rust_tokenizer(largest: int = 383) -> RustTokenizer:
     return tokenizer
 
 
-def write(folder: Path, rust: RustTokenizer | str | bytes | None = None, settings: dict | str | None = None) -> Path:
+def write(
+    folder: Path, rust: RustTokenizer | str | bytes | None = None, settings: dict | str | None = None
+) -> Path:
     write_checkpoint(folder)
     rust = rust_tokenizer() if rust is None else rust
     text = rust.to_str() if isinstance(rust, RustTokenizer) else rust
     (folder / "tokenizer.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     if settings is not None:
-        (folder / "tokenizer_config.json").write_text(settings if isinstance(settings, str) else json.dumps(settings))
+        (folder / "tokenizer_config.json").write_text(
+            settings if isinstance(settings, str) else json.dumps(settings)
+        )
     return folder
 
 
@@ -193,9 +198,13 @@ def test_no_code_from_the_folder_runs(tmp_path):
     settings = {"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}}
     folder = write(tmp_path / "model", settings=settings)
     (folder / "tokenization_x.py").write_text(f"open({str(mark)!r}, 'w')")
-    script = f"import unmask.models as m; m.Tokenizer.load('.', m.inspect({str(GOLDEN)!r}).config).encode('a')"
+    script = (
+        f"import unmask.models as m; m.Tokenizer.load('.', m.inspect({str(GOLDEN)!r}).config).encode('a')"
+    )
     source = str(Path(__file__).resolve().parent.parent / "python")
-    subprocess.run([sys.executable, "-c", script], cwd=folder, env=os.environ | {"PYTHONPATH": source}, check=True)
+    subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, env=os.environ | {"PYTHONPATH": source}, check=True
+    )
     assert not mark.exists()
 
 
@@ -203,16 +212,16 @@ def test_no_code_from_the_folder_runs(tmp_path):
 
 
 def test_tokens_that_only_the_settings_list_are_added(tmp_path):
-    rust = rust_tokenizer()
-    top = rust.get_vocab_size()
+    # The library gives a new token the next id above those of the model, with no holes.
+    rust = RustTokenizer(models.WordLevel({f"w{i}": i for i in range(384 - 3)}, unk_token="w0"))
     added = {
-        str(top + 1): {"content": "<b>", "special": True},
-        str(top): {"content": "<a>", "special": False},
+        "382": {"content": "<b>", "special": True},
+        "381": {"content": "<a>", "special": False},
         "383": {"content": MASK, "special": True},
     }
     tokenizer = load(write(tmp_path, rust, {"added_tokens_decoder": added}))
-    assert [tokenizer.token_to_id(t) for t in ("<a>", "<b>")] == [top, top + 1]
-    assert tokenizer.decode([top, top + 1]) == "<a>"
+    assert [tokenizer.token_to_id(t) for t in ("<a>", "<b>", MASK)] == [381, 382, 383]
+    assert tokenizer.decode([381, 382, 383]) == "<a>"
 
 
 def test_contradicting_ids_of_added_tokens(tmp_path):
@@ -248,7 +257,10 @@ LLADA = f"{BOS}<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_h
 
 def test_default_template_is_the_family_s(tmp_path):
     assert load(write(tmp_path)).chat(MESSAGES) == LLADA
-    assert load(tmp_path).chat(MESSAGES, add_generation_prompt=False) == LLADA[: LLADA.index("<|start_header_id|>assistant")]
+    assert (
+        load(tmp_path).chat(MESSAGES, add_generation_prompt=False)
+        == LLADA[: LLADA.index("<|start_header_id|>assistant")]
+    )
 
 
 def test_a_tokenizer_without_the_family_s_tokens_has_no_default_template(tmp_path):

@@ -74,20 +74,8 @@ def test_learning_rate_hold_does_not_depend_on_steps() -> None:
 
 def test_small_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], threads) -> None:
     out = tmp_path / "run"
-    command = [
-        "--out",
-        str(out),
-        "--steps",
-        "2",
-        "--rows",
-        "4",
-        "--threads",
-        "1",
-        "--dtype",
-        "fp32",
-        "--device",
-        "cpu",
-    ]
+    command = ["--out", str(out), "--steps", "2", "--rows", "4", "--threads", "1", "--dtype", "fp32"]
+    command += ["--device", "cpu", "--final-count", "3"]
     train.main(command)
     assert "average" in capsys.readouterr().out
     network, config = load_model(out / "model")

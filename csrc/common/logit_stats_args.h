@@ -42,9 +42,10 @@ inline int64_t read_noise_key(const Checker& check, const OptTensor& t, const ch
   return t->stride(0);
 }
 
-// Everything but `rows`, `state` and what a backend does with the forbid and suppress lists, whose dtype and shape are checked here.
-inline StatsInputs read_stats_inputs(const Checker& check, const Tensor& logits, const StatsArguments& in, int64_t entries,
-                                     int64_t offset, int64_t vocab) {
+// Everything but `rows`, `state` and what a backend does with the forbid and suppress lists, whose dtype and shape are
+// checked here.
+inline StatsInputs read_stats_inputs(const Checker& check, const Tensor& logits, const StatsArguments& in,
+                                     int64_t entries, int64_t offset, int64_t vocab) {
   StatsInputs a{};
   const ScalarType type = logits.scalar_type();
   a.logits = logits.const_data_ptr();
@@ -55,7 +56,8 @@ inline StatsInputs read_stats_inputs(const Checker& check, const Tensor& logits,
   a.count = logits.size(1);
   a.vocab = vocab;
   check.require(in.topk >= 0 && in.topk <= kTopMax, "topk", "0 to 8", in.topk);
-  check.require(in.temperature >= 0.0 && in.temperature <= kMaxTemperature, "temperature", "a number in [0, 1e30]", in.temperature);
+  check.require(in.temperature >= 0.0 && in.temperature <= kMaxTemperature, "temperature", "a number in [0, 1e30]",
+                in.temperature);
   check_id_list(check, in.forbid, "forbid", "[F]");
   check_id_list(check, in.suppress, "suppress", "[U]");
   if (in.bias_ids.has_value() != in.bias.has_value())
@@ -115,8 +117,8 @@ inline void check_stats_state(const Checker& check, const Tensor& state, const O
   }
 }
 
-inline void check_stats_tile(const Checker& check, const Tensor& logits, const Tensor& state, const OptTensor& id_logit, int64_t offset,
-                             int64_t vocab) {
+inline void check_stats_tile(const Checker& check, const Tensor& logits, const Tensor& state, const OptTensor& id_logit,
+                             int64_t offset, int64_t vocab) {
   check.floating(logits, "logits");
   check.shape(logits, "logits", "[T', C]", {-1, -1});
   const int64_t count = logits.size(1);
@@ -124,13 +126,15 @@ inline void check_stats_tile(const Checker& check, const Tensor& logits, const T
   check.writable(state, "state");
   if (id_logit) check.writable(*id_logit, "id_logit");
   check.require(vocab >= 1 && vocab <= INT32_MAX, "vocab", "1 to 2147483647", vocab);
-  check.require(offset >= 0 && offset < vocab && offset % kStatsChunk == 0, "offset", "a multiple of 4096 in [0, vocab)", offset);
-  check.require(count >= 1 && count <= vocab - offset && (count % kStatsChunk == 0 || offset + count == vocab), "C of logits",
-                "a multiple of 4096, or the rest of the vocabulary", count);
+  check.require(offset >= 0 && offset < vocab && offset % kStatsChunk == 0, "offset",
+                "a multiple of 4096 in [0, vocab)", offset);
+  check.require(count >= 1 && count <= vocab - offset && (count % kStatsChunk == 0 || offset + count == vocab),
+                "C of logits", "a multiple of 4096, or the rest of the vocabulary", count);
 }
 
 // After read_stats_inputs: id_logit comes with ids, one column each.
-inline void check_id_logit(const Checker& check, const OptTensor& ids, const OptTensor& id_logit, int64_t entries, int64_t n_ids) {
+inline void check_id_logit(const Checker& check, const OptTensor& ids, const OptTensor& id_logit, int64_t entries,
+                           int64_t n_ids) {
   if (ids.has_value() != id_logit.has_value())
     fail_must_be(check.op, ids ? "id_logit" : "ids", ids ? "given with ids" : "given with id_logit", "None");
   if (id_logit) check.shape(*id_logit, "id_logit", "[T', J]", {entries, n_ids});

@@ -129,39 +129,59 @@ UNMASK_INLINE float max_of(const float* lanes) {
 }
 
 // ---- pass 2 -------------------------------------------------------------------------------------------------------
-// exp_neg of common/noise.h in lanes. d is clamped, not masked: e is then exactly 0 and so is its share of t.
-UNMASK_INLINE void exp_step(vf x, vf m, vf* s, vf* t) {
-  const vf d = vmax(vset(kExpMin), vsub(x, m));  // NaN stays NaN
-  const vf z = vfma(d, vset(kLog2e), vset(kRoundMagic));
-  const vf r = vfma(d, vset(kLog2e), vsub(vset(kRoundMagic), z));
-  vf q = vfma(vset(kExpC5), r, vset(kExpC4));
-  q = vfma(q, r, vset(kExpC3));
-  q = vfma(q, r, vset(kExpC2));
-  q = vfma(q, r, vset(kExpC1));
-  const vf e = vmul(vfma(q, r, vset(1.0f)), vshl23(z));
-  *s = vadd(*s, e);
-  *t = vfma(d, e, *t);
+// exp_neg of common/noise.h in lanes, for U vectors at once, stage by stage: one vector is a chain of 12 dependent operations, and
+// interleaved in program order the chains keep both ports busy even with half a scheduler (a busy sibling hyperthread).
+// d is clamped, not masked: e is then exactly 0 and so is its share of t.
+#define UNMASK_EACH for (int u = 0; u < U; ++u)
+template <int U>
+UNMASK_INLINE void exp_steps(const vf* x, vf m, vf* s, vf* t) {
+  vf d[U], z[U], r[U], q[U];
+  UNMASK_EACH d[u] = vsub(x[u], m);
+  UNMASK_EACH d[u] = vmax(vset(kExpMin), d[u]);  // NaN stays NaN
+  UNMASK_EACH z[u] = vfma(d[u], vset(kLog2e), vset(kRoundMagic));
+  UNMASK_EACH r[u] = vsub(vset(kRoundMagic), z[u]);
+  UNMASK_EACH r[u] = vfma(d[u], vset(kLog2e), r[u]);
+  UNMASK_EACH q[u] = vfma(vset(kExpC5), r[u], vset(kExpC4));
+  UNMASK_EACH q[u] = vfma(q[u], r[u], vset(kExpC3));
+  UNMASK_EACH q[u] = vfma(q[u], r[u], vset(kExpC2));
+  UNMASK_EACH q[u] = vfma(q[u], r[u], vset(kExpC1));
+  UNMASK_EACH q[u] = vfma(q[u], r[u], vset(1.0f));
+  UNMASK_EACH q[u] = vmul(q[u], vshl23(z[u]));
+  UNMASK_EACH s[u] = vadd(s[u], q[u]);
+  UNMASK_EACH t[u] = vfma(d[u], q[u], t[u]);
 }
+#undef UNMASK_EACH
+
+#if defined(UNMASK_AVX512)
+constexpr int kChains = 4;
+#else
+constexpr int kChains = 2;  // 16 registers
+#endif
 
 // Meanwhile the next chunk, kStatsChunk ids further, is prefetched: pass 1 of the next chunk then starts with a warm cache.
 template <class T>
 UNMASK_INLINE SumExp chunk_sum(const T* x, int n, float m) {
   const vf vm = vset(m);
-  vf s0 = vset(0.0f), s1 = s0, t0 = s0, t1 = s0, a, b;
+  vf s[kChains], t[kChains], v[kChains];
+  for (int u = 0; u < kChains; ++u) s[u] = t[u] = vset(0.0f);
   const char* ahead = reinterpret_cast<const char*>(x) + kStatsChunk * sizeof(T);
+  constexpr int kIds = kChains * kW, kBytes = kIds * static_cast<int>(sizeof(T));
   int i = 0;
-  for (; i + kPair <= n; i += kPair) {
-    for (int line = 0; line < static_cast<int>(kPair * sizeof(T)); line += 64) __builtin_prefetch(ahead + i * sizeof(T) + line, 0, 2);
-    load_pair(x + i, &a, &b);
-    exp_step(a, vm, &s0, &t0);
-    exp_step(b, vm, &s1, &t1);
+  for (; i + kIds <= n; i += kIds, ahead += kBytes) {
+    for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead + line, 0, 3);
+    for (int u = 0; u < kChains; u += 2) load_pair(x + i + u * kW, &v[u], &v[u + 1]);
+    exp_steps<kChains>(v, vm, s, t);
   }
-  if (i < n) {
-    load_pair_n(x + i, n - i, &a, &b);
-    exp_step(a, vm, &s0, &t0);
-    exp_step(b, vm, &s1, &t1);
+  for (; i < n; i += kPair) {
+    if (i + kPair <= n) load_pair(x + i, &v[0], &v[1]);
+    else load_pair_n(x + i, n - i, &v[0], &v[1]);
+    exp_steps<2>(v, vm, s, t);
   }
-  return {m, vreduce_add(vadd(s0, s1)), vreduce_add(vadd(t0, t1))};
+  for (int u = 1; u < kChains; ++u) {
+    s[0] = vadd(s[0], s[u]);
+    t[0] = vadd(t[0], t[u]);
+  }
+  return {m, vreduce_add(s[0]), vreduce_add(t[0])};
 }
 
 // m is -inf or +inf, or NaN: nothing finite decides. Counts the ids at +inf; a NaN gives s = NaN.

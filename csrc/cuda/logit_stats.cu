@@ -1,5 +1,6 @@
-// logit_stats / stats_tile / stats_finish on CUDA: checks (the CPU's own), outputs, the split of the work, launches. No host sync, and
-// no memory besides torch tensors, so CUDA graphs can capture the calls. Device code: logit_stats.cuh, logit_stats_fold.cuh.
+// logit_stats / stats_tile / stats_finish on CUDA: checks (the CPU's own), outputs, the split of the work, launches. No
+// host sync, and no memory besides torch tensors, so CUDA graphs can capture the calls. Device code: logit_stats.cuh,
+// logit_stats_fold.cuh.
 #include <tuple>
 
 #include <torch/csrc/stable/ops.h>
@@ -20,12 +21,14 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
 }
 
 template <class T>
-T* data(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
 
 Outputs new_outputs(const Tensor& like, int64_t entries, int64_t n_ids, int64_t topk, StatsOutputs* f) {
-  Outputs out{empty(like, {entries}, ScalarType::Long),           empty(like, {entries, 5}, ScalarType::Float),
-              empty(like, {entries}, ScalarType::Int),            empty(like, {entries, n_ids, 2}, ScalarType::Float),
-              empty(like, {entries, topk}, ScalarType::Long),     empty(like, {entries, topk}, ScalarType::Float)};
+  Outputs out{empty(like, {entries}, ScalarType::Long),       empty(like, {entries, 5}, ScalarType::Float),
+              empty(like, {entries}, ScalarType::Int),        empty(like, {entries, n_ids, 2}, ScalarType::Float),
+              empty(like, {entries, topk}, ScalarType::Long), empty(like, {entries, topk}, ScalarType::Float)};
   *f = {topk,
         n_ids,
         data<int64_t>(std::get<0>(out)),
@@ -58,10 +61,12 @@ void launch_scan_typed(const StatsJob& job, const Launch& launch, const char* op
     case LogitType::bf16: return launch_scan<LogitType::bf16>(job, launch);
     case LogitType::f16: return launch_scan<LogitType::f16>(job, launch);
   }
-  fail_must_be(op, "logits", "float32, bfloat16 or float16", "dtype code " + std::to_string(static_cast<int>(job.in.type)));
+  fail_must_be(op, "logits", "float32, bfloat16 or float16",
+               "dtype code " + std::to_string(static_cast<int>(job.in.type)));
 }
 
-// Scans and folds all entries, as many at a time as one workspace of bounded size holds; fold(job) launches the second kernel.
+// Scans and folds all entries, as many at a time as one workspace of bounded size holds; fold(job) launches the second
+// kernel.
 template <class Fold>
 void run(StatsJob job, int64_t entries, const Tensor& like, const Launch& launch, const char* op, const Fold& fold) {
   if (entries == 0) return;
@@ -95,8 +100,8 @@ StatsJob new_job(const StatsInputs& in, const StatsArguments& args, const StatsR
 }
 
 Outputs logit_stats(const Tensor& logits, const OptTensor& rows, const OptTensor& forbid, const OptTensor& suppress,
-                    const OptTensor& bias_ids, const OptTensor& bias, const OptTensor& ids, int64_t topk, double temperature,
-                    const OptTensor& seed, const OptTensor& step, const OptTensor& pos) {
+                    const OptTensor& bias_ids, const OptTensor& bias, const OptTensor& ids, int64_t topk,
+                    double temperature, const OptTensor& seed, const OptTensor& step, const OptTensor& pos) {
   const Checker check("logit_stats", logits);
   const StatsRows which = read_stats_rows(check, logits, rows);
   const StatsArguments args{forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos};
@@ -119,9 +124,10 @@ StateTile state_tile(const Tensor& state, const OptTensor& id_logit) {
   return tile;
 }
 
-void stats_tile(const Tensor& logits, Tensor& state, OptTensor id_logit, int64_t offset, int64_t vocab, const OptTensor& forbid,
-                const OptTensor& suppress, const OptTensor& bias_ids, const OptTensor& bias, const OptTensor& ids, int64_t topk,
-                double temperature, const OptTensor& seed, const OptTensor& step, const OptTensor& pos) {
+void stats_tile(const Tensor& logits, Tensor& state, OptTensor id_logit, int64_t offset, int64_t vocab,
+                const OptTensor& forbid, const OptTensor& suppress, const OptTensor& bias_ids, const OptTensor& bias,
+                const OptTensor& ids, int64_t topk, double temperature, const OptTensor& seed, const OptTensor& step,
+                const OptTensor& pos) {
   const Checker check("stats_tile", logits);
   check_stats_tile(check, logits, state, id_logit, offset, vocab);
   const int64_t entries = logits.size(0);

@@ -3,16 +3,18 @@
 //   m = max x, s = sum e^(x-m), t = sum (x-m) e^(x-m) over each chunk of 4,096 ids; chunks merge strictly left to right, so an entry's
 //   bits do not depend on the batch, on the launch or on how the vocabulary is tiled.
 //
-// Layout: logits [N, V] with any strides; entry e reads row rows[e]. Each lane takes 8 neighbouring ids at a time, a warp 2 x 32 x 8 = 512
-// (a slice), whatever the dtype and strides: the order of the sums is fixed. Dense rows are read 16 bytes a lane.
-// Bytes: V x sizeof(dtype) a row, once, plus 12 B a chunk and 80 B a group of partial results. About 10 instructions an id at
-// temperature 0 (convert, max, subtract, clamp, scale, ex2, two sums), so the bound is DRAM: 2 B an id in bf16.
-// Split: stats_scan gives one warp a group of 1..8 whole chunks of one entry; warps never wait for each other (no block barrier, no
-// atomics between warps). stats_fold gives one warp an entry: it folds that entry's partials in order and writes the outputs. Two
-// launches and no ticket counter: a counter would have to survive between calls, and would be shared by streams that run at once.
+// Layout: logits [N, V] with any strides; entry e reads row rows[e]. Each lane takes 8 neighbouring ids at a time, a
+// warp 2 x 32 x 8 = 512 (a slice), whatever the dtype and strides: the order of the sums is fixed. Dense rows are read
+// 16 bytes a lane. Bytes: V x sizeof(dtype) a row, once, plus 12 B a chunk and 80 B a group of partial results. About
+// 10 instructions an id at temperature 0 (convert, max, subtract, clamp, scale, ex2, two sums), so the bound is DRAM: 2
+// B an id in bf16. Split: stats_scan gives one warp a group of 1..8 whole chunks of one entry; warps never wait for
+// each other (no block barrier, no atomics between warps). stats_fold gives one warp an entry: it folds that entry's
+// partials in order and writes the outputs. Two launches and no ticket counter: a counter would have to survive between
+// calls, and would be shared by streams that run at once.
 //
-// Candidates: a warp keeps its best `kept` (<= 8) in lanes 0..7. A slice is searched only if its maximum beats the worst of them, which
-// gets rare after a few slices. Sampling: a slice is skipped if its maximum plus the largest noise cannot win.
+// Candidates: a warp keeps its best `kept` (<= 8) in lanes 0..7. A slice is searched only if its maximum beats the
+// worst of them, which gets rare after a few slices. Sampling: a slice is skipped if its maximum plus the largest noise
+// cannot win.
 #pragma once
 #include "common/logit_stats_params.h"
 #include "common/online.h"
@@ -22,13 +24,16 @@
 namespace unmask::cuda {
 
 constexpr int kWarpsPerBlock = 4;
-constexpr int kRun = 8;               // neighbouring ids of a lane
-constexpr int kSliceIds = 512;        // 2 runs a lane
+constexpr int kRun = 8;  // neighbouring ids of a lane
+constexpr int kSliceIds = 512;  // 2 runs a lane
 constexpr int kSliceValues = 16;
 constexpr int kSlices = static_cast<int>(kStatsChunk) / kSliceIds;
 constexpr int kMarkWords = static_cast<int>(kStatsChunk) / 32;
 
-struct IdSet { const int64_t* ids; int64_t n, stride; };
+struct IdSet {
+  const int64_t* ids;
+  int64_t n, stride;
+};
 
 // What one group of chunks found, besides the sums of its chunks.
 struct GroupBest {
@@ -45,8 +50,8 @@ struct StatsJob {
   int64_t rows_stride, n_rows;
   int64_t entry_begin, entries;
   int64_t chunks, group_chunks, groups;
-  bool dense;       // 16-byte loads are possible
-  SumExp* sums;     // [entries, chunks]
+  bool dense;  // 16-byte loads are possible
+  SumExp* sums;  // [entries, chunks]
   GroupBest* best;  // [entries, groups]
 };
 
@@ -87,7 +92,8 @@ struct Run {
 
 // Columns [i, i + 8) of a row; columns at or beyond `count` read as -inf.
 template <LogitType kType>
-UNMASK_DEVICE Run<kType> load_run(const typename Logit<kType>::Bits* row, int64_t stride, bool dense, int64_t i, int64_t count) {
+UNMASK_DEVICE Run<kType> load_run(const typename Logit<kType>::Bits* row, int64_t stride, bool dense, int64_t i,
+                                  int64_t count) {
   Run<kType> r;
   if (dense && i + kRun <= count) {
 #pragma unroll
@@ -192,7 +198,8 @@ struct LaneSum {
 
   // Moves to a larger maximum.
   UNMASK_DEVICE void raise(float to) {
-    if (m == neg_inf() || to == pos_inf()) {  // what was summed is nothing, or counts for nothing; but a NaN must not get lost
+    if (m == neg_inf() ||
+        to == pos_inf()) {  // what was summed is nothing, or counts for nothing; but a NaN must not get lost
       nan = nan || s != s;
       s = t = 0.0f;
     } else {
@@ -228,7 +235,8 @@ struct LaneSum {
   }
 };
 
-// The best `kept` candidates, best first: lane i holds the i-th. Candidates come with rising ids, so a tie keeps what is there.
+// The best `kept` candidates, best first: lane i holds the i-th. Candidates come with rising ids, so a tie keeps what
+// is there.
 struct TopList {
   float v = neg_inf();
   int32_t id = -1;
@@ -283,7 +291,10 @@ UNMASK_DEVICE Sample warp_best(const Sample& mine) {
   return {warp_get(mine.score, lane), warp_get(mine.id, lane), warp_get(mine.x, lane)};
 }
 
-struct NoiseKey { uint64_t seed; uint32_t step, pos; };
+struct NoiseKey {
+  uint64_t seed;
+  uint32_t step, pos;
+};
 
 // Best noisy score of this lane; `best` is the slice's maximum over the warp.
 struct LaneSample {
@@ -300,7 +311,8 @@ struct LaneSample {
       const Philox4 words = philox(key.seed, static_cast<uint32_t>(id) >> 2, key.pos, key.step, 0u);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float score = noisy_score(temperature, gumbel_from_bits(philox_word(words, static_cast<uint32_t>(j))), x[k + j]);
+        const float score =
+            noisy_score(temperature, gumbel_from_bits(philox_word(words, static_cast<uint32_t>(j))), x[k + j]);
         if (score > mine.score) mine = {score, id + j, x[k + j]};
       }
     }
@@ -321,7 +333,8 @@ struct GroupScan {
   bool nan = false;
 
   UNMASK_DEVICE Run<kType> load(int64_t first, int slice, int half) const {
-    return load_run<kType>(row, job.in.col_stride, job.dense, first + slice * kSliceIds + half * 256 + lane_id() * kRun, job.in.count);
+    return load_run<kType>(row, job.in.col_stride, job.dense, first + slice * kSliceIds + half * 256 + lane_id() * kRun,
+                           job.in.count);
   }
 
   UNMASK_DEVICE SumExp chunk(int64_t first) {
@@ -369,19 +382,23 @@ struct GroupScan {
 };
 
 template <LogitType kType, bool kSampled>
-UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, kSampled ? 4 : 5) stats_scan(const StatsJob job) {
+UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, kSampled ? 4 : 5)
+stats_scan(const StatsJob job) {
   __shared__ uint32_t marks[kWarpsPerBlock][2][kMarkWords];
   const int warp = warp_in_block();
   const int64_t unit = block_index() * kWarpsPerBlock + warp;
   const int64_t local = unit / job.groups, group = unit % job.groups, entry = job.entry_begin + local;
   if (local >= job.entries) return;
   const int64_t row = row_of(job, entry);
-  if (!row_exists(job, row)) return;  // stats_fold writes the outputs of such an entry without reading any partial result
+  if (!row_exists(job, row))
+    return;  // stats_fold writes the outputs of such an entry without reading any partial result
   const StatsInputs& in = job.in;
-  GroupScan<kType, kSampled> scan{job, entry, static_cast<const typename Logit<kType>::Bits*>(in.logits) + row * in.row_stride,
+  GroupScan<kType, kSampled> scan{job, entry,
+                                  static_cast<const typename Logit<kType>::Bits*>(in.logits) + row * in.row_stride,
                                   marks[warp][0], marks[warp][1]};
   if constexpr (kSampled) {
-    scan.key = {static_cast<uint64_t>(in.seed[entry * in.seed_stride]), static_cast<uint32_t>(in.step[entry * in.step_stride]),
+    scan.key = {static_cast<uint64_t>(in.seed[entry * in.seed_stride]),
+                static_cast<uint32_t>(in.step[entry * in.step_stride]),
                 static_cast<uint32_t>(in.pos[entry * in.pos_stride])};
   }
   const int64_t end = (group + 1) * job.group_chunks < job.chunks ? (group + 1) * job.group_chunks : job.chunks;

@@ -1,11 +1,12 @@
-// logit_stats on CUDA, second launch: one warp folds the partial results of one entry, in order, and writes its outputs or its state.
-// Also the end of stats_finish. Formula and layout: logit_stats.cuh and csrc/common/online.h.
+// logit_stats on CUDA, second launch: one warp folds the partial results of one entry, in order, and writes its outputs
+// or its state. Also the end of stats_finish. Formula and layout: logit_stats.cuh and csrc/common/online.h.
 #pragma once
 #include "cuda/logit_stats.cuh"
 
 namespace unmask::cuda {
 
-// State of one entry spread over the warp: everything is the same in every lane, except that lane i holds the i-th candidate.
+// State of one entry spread over the warp: everything is the same in every lane, except that lane i holds the i-th
+// candidate.
 struct WarpState {
   int32_t next = 0, kept = 2, status = 0;
   SumExp sum = empty_sum();
@@ -62,8 +63,10 @@ struct StateRow {
 // Lists that hold an id outside the vocabulary.
 UNMASK_DEVICE int32_t list_status(const StatsJob& job) {
   bool bad = false;
-  for (int64_t i = lane_id(); i < job.forbid.n; i += 32) bad = bad || job.forbid.ids[i * job.forbid.stride] >= job.in.vocab;
-  for (int64_t i = lane_id(); i < job.suppress.n; i += 32) bad = bad || job.suppress.ids[i * job.suppress.stride] >= job.in.vocab;
+  for (int64_t i = lane_id(); i < job.forbid.n; i += 32)
+    bad = bad || job.forbid.ids[i * job.forbid.stride] >= job.in.vocab;
+  for (int64_t i = lane_id(); i < job.suppress.n; i += 32)
+    bad = bad || job.suppress.ids[i * job.suppress.stride] >= job.in.vocab;
   return warp_ballot(bad) != 0 ? kStatusBadId : kStatusOk;
 }
 UNMASK_DEVICE int32_t bias_status(const StatsInputs& in, int64_t entry) {
@@ -100,7 +103,8 @@ UNMASK_DEVICE void fold_partials(const StatsJob& job, int64_t entry, WarpState* 
     SumExp mine = empty_sum();
     if (c + lane < job.chunks) mine = job.sums[local * job.chunks + c + lane];
     const int n = job.chunks - c < 32 ? static_cast<int>(job.chunks - c) : 32;
-    for (int i = 0; i < n; ++i) st->sum = merge_sum(st->sum, {warp_get(mine.m, i), warp_get(mine.s, i), warp_get(mine.t, i)});
+    for (int i = 0; i < n; ++i)
+      st->sum = merge_sum(st->sum, {warp_get(mine.m, i), warp_get(mine.s, i), warp_get(mine.t, i)});
   }
   // Candidates: each lane offers the best that is left in its group's list; 32 groups, whose ids rise, at a time.
   uint32_t status = 0;
@@ -217,13 +221,15 @@ UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, 4) stats_fold_tile(const StatsJob job,
   row.store(st);
 }
 
-UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, 4) stats_end(const StateTile tile, const StatsOutputs out, const int64_t entries) {
+UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, 4)
+stats_end(const StateTile tile, const StatsOutputs out, const int64_t entries) {
   const int64_t entry = entry_of_warp();
   if (entry >= entries) return;
   WarpState st = StateRow{tile.state + entry * tile.state_stride[0], tile.state_stride[1]}.load();
   if (st.next != 0 && out.topk > st.kept) st.status |= kStatusBadSegment;  // the tiles kept fewer
   const float* logit = tile.id_logit + entry * tile.id_stride[0];
-  for (int64_t i = lane_id(); i < out.n_ids; i += 32) out.at_ids[(entry * out.n_ids + i) * 2 + 1] = logit[i * tile.id_stride[1]];
+  for (int64_t i = lane_id(); i < out.n_ids; i += 32)
+    out.at_ids[(entry * out.n_ids + i) * 2 + 1] = logit[i * tile.id_stride[1]];
   write_outputs(out, entry, st);
 }
 

@@ -1,5 +1,5 @@
-// How a call of the logit statistics is cut into warps and launches: pure functions of sizes and strides (tests call them on the host).
-// Nothing here changes a bit of the result.
+// How a call of the logit statistics is cut into warps and launches: pure functions of sizes and strides (tests call
+// them on the host). Nothing here changes a bit of the result.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -9,7 +9,8 @@
 namespace unmask::cuda {
 
 constexpr int64_t kGroupWords = sizeof(GroupBest) / 4;
-constexpr int64_t kWorkspaceWords = int64_t{1} << 24;  // 64 MiB of partial results at most, unless one entry alone needs more
+constexpr int64_t kWorkspaceWords = int64_t{1}
+                                    << 24;  // 64 MiB of partial results at most, unless one entry alone needs more
 constexpr int64_t kBusyWarps = 16384;                  // about what 132 SMs hold four times over
 constexpr int64_t kMaxGroupChunks = 8;
 
@@ -21,7 +22,8 @@ inline StatsPlan plan_stats(int64_t entries, int64_t count) {
   p.chunks = (count + kStatsChunk - 1) / kStatsChunk;
   p.group_chunks = std::clamp<int64_t>(entries * p.chunks / kBusyWarps, 1, std::min(kMaxGroupChunks, p.chunks));
   p.groups = (p.chunks + p.group_chunks - 1) / p.group_chunks;
-  p.entries_per_launch = std::clamp<int64_t>(kWorkspaceWords / (p.chunks * 3 + p.groups * kGroupWords), 1, std::max<int64_t>(entries, 1));
+  p.entries_per_launch =
+      std::clamp<int64_t>(kWorkspaceWords / (p.chunks * 3 + p.groups * kGroupWords), 1, std::max<int64_t>(entries, 1));
   return p;
 }
 

@@ -1,4 +1,5 @@
-// uniform on CUDA: one thread per entry, the same Philox words and the same float as the CPU (csrc/common/philox.h), so equal bits.
+// uniform on CUDA: one thread per entry, the same Philox words and the same float as the CPU (csrc/common/philox.h), so
+// equal bits.
 #include <torch/csrc/stable/ops.h>
 
 #include "common/philox.h"
@@ -23,8 +24,9 @@ struct UniformParams {
 __global__ void __launch_bounds__(kThreads) uniform_kernel(const UniformParams p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= p.n) return;
-  const Philox4 words = philox(static_cast<uint64_t>(p.seed[i * p.seed_stride]), 0u, static_cast<uint32_t>(p.pos[i * p.pos_stride]),
-                               static_cast<uint32_t>(p.step[i * p.step_stride]), 1u);
+  const Philox4 words =
+      philox(static_cast<uint64_t>(p.seed[i * p.seed_stride]), 0u, static_cast<uint32_t>(p.pos[i * p.pos_stride]),
+             static_cast<uint32_t>(p.step[i * p.step_stride]), 1u);
   p.out[i] = uniform_from_bits(words.x);
 }
 

@@ -175,7 +175,8 @@ def bandwidth(total_bytes: int = 256 << 20, **options) -> dict[str, float]:
     """Measured DRAM rates in GB/s with torch's current threads: `read` (sum over fp32) and `copy` (bytes read plus bytes written)."""
     source = torch.ones(total_bytes // 4)
     target = torch.empty_like(source)
-    times = measure({"read": source.sum, "copy": lambda: target.copy_(source)}, min_time=0.1, min_samples=3, **options)
+    options = {"min_time": 0.1, "min_samples": 3} | options
+    times = measure({"read": source.sum, "copy": lambda: target.copy_(source)}, **options)
     return {"read": total_bytes / times["read"] / 1e9, "copy": 2 * total_bytes / times["copy"] / 1e9}
 
 

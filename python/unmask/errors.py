@@ -1,4 +1,7 @@
-"""Every exception unmask raises on purpose. Each also is the built-in kind (ValueError, FileNotFoundError) that plain callers expect."""
+"""Every exception unmask raises on purpose.
+
+Each also is the built-in kind (ValueError, FileNotFoundError) that plain callers expect.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ def nearest(name: object, valid: Iterable[str]) -> str:
 
 
 def check_names(what: str, given: Iterable[str], valid: Iterable[str]) -> None:
-    """Raise SettingError for the first of `given` that is not in `valid`: `unknown <what> 'tresh'; did you mean ...`."""
+    """Raise SettingError for the first of `given` not in `valid`: `unknown <what> 'tresh'; did you mean ...`."""
     known = set(valid)
     for name in given:
         if name not in known:

@@ -1,5 +1,6 @@
-// The warp-wide and hardware operations that the kernels use, and nothing else of CUDA: tests/emulate_warp.h has the same names for
-// the host, so that the kernels' own code runs, lane by lane, on a machine without a GPU. Every collective is taken by all 32 lanes.
+// The warp-wide and hardware operations that the kernels use, and nothing else of CUDA: tests/emulate_warp.h has the
+// same names for the host, so that the kernels' own code runs, lane by lane, on a machine without a GPU. Every
+// collective is taken by all 32 lanes.
 #pragma once
 #include <cstdint>
 
@@ -8,7 +9,8 @@
 #if !defined(UNMASK_EMULATE_WARP)
 
 #define UNMASK_DEVICE __device__ __forceinline__
-#define UNMASK_KERNEL_BOUNDS(threads, blocks) __global__ void __launch_bounds__(threads, blocks)  // at least so many blocks an SM
+#define UNMASK_KERNEL_BOUNDS(threads, blocks) \
+  __global__ void __launch_bounds__(threads, blocks)  // at least so many blocks an SM
 
 namespace unmask::cuda {
 
@@ -19,13 +21,21 @@ UNMASK_DEVICE int warp_in_block() { return static_cast<int>(threadIdx.x >> 5); }
 UNMASK_DEVICE int64_t block_index() { return blockIdx.x; }
 UNMASK_DEVICE void warp_sync() { __syncwarp(); }
 template <class T>
-UNMASK_DEVICE T warp_get(T v, int lane) { return __shfl_sync(kAllLanes, v, lane); }
+UNMASK_DEVICE T warp_get(T v, int lane) {
+  return __shfl_sync(kAllLanes, v, lane);
+}
 template <class T>
-UNMASK_DEVICE T warp_get_up(T v, int by) { return __shfl_up_sync(kAllLanes, v, by); }
+UNMASK_DEVICE T warp_get_up(T v, int by) {
+  return __shfl_up_sync(kAllLanes, v, by);
+}
 template <class T>
-UNMASK_DEVICE T warp_get_xor(T v, int mask) { return __shfl_xor_sync(kAllLanes, v, mask); }
+UNMASK_DEVICE T warp_get_xor(T v, int mask) {
+  return __shfl_xor_sync(kAllLanes, v, mask);
+}
 UNMASK_DEVICE uint32_t warp_ballot(bool b) { return __ballot_sync(kAllLanes, b); }
-UNMASK_DEVICE uint32_t warp_max_u32(uint32_t v) { return __reduce_max_sync(kAllLanes, v); }  // sm_80 and later: one instruction
+UNMASK_DEVICE uint32_t warp_max_u32(uint32_t v) {
+  return __reduce_max_sync(kAllLanes, v);
+}  // sm_80 and later: one instruction
 UNMASK_DEVICE uint32_t warp_min_u32(uint32_t v) { return __reduce_min_sync(kAllLanes, v); }
 UNMASK_DEVICE uint32_t warp_or_u32(uint32_t v) { return __reduce_or_sync(kAllLanes, v); }
 UNMASK_DEVICE void shared_or(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }

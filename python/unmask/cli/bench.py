@@ -124,7 +124,7 @@ def _block_attention(dtype: str) -> Case:
 
     return Case(
         "block_attention", f"{HEADS} heads x {DIM}, {PREFIX} + {ROWS} keys", dtype,
-        lambda: ops.block_attention(q, k, v, cu, row, seg, scale=DIM**-0.5),
+        lambda: ops.block_attention(q, k, v, cu, row, seg, None, None, DIM**-0.5),
         {"cat + SDPA": joined, "SDPA": lambda: F.scaled_dot_product_attention(wide, k, v)},
         4.0 * HEADS * ROWS * n * DIM, "GFLOP/s",
     )  # fmt: skip

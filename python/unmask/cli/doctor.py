@@ -122,7 +122,7 @@ def models() -> list[dict[str, Any]]:
     try:
         folder = hub.resolve("tiny")
         info = checkpoint.inspect(folder)
-        embedded |= {"path": str(folder), "exists": True, "parameters": info.n_params}
+        embedded |= {"path": str(folder), "exists": True, "parameters": info.n_parameters}
     except UnmaskError as e:
         embedded |= {"path": "", "exists": False, "problem": str(e)}
     return [*places, embedded]

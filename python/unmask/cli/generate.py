@@ -61,12 +61,13 @@ def _has_text(model: Model) -> bool:
 
 
 class _Seen:
-    """The last canvas that was seen, for Ctrl-C."""
+    """What has been seen of a run, for Ctrl-C."""
 
     def __init__(self, model: Model, settings: Any):
         self.mask_id, self.n = model.config.mask_id, settings.max_new_tokens
         self.settings = settings
         self.commit: Commit | None = None
+        self.forwards = 0
         self.began = time.perf_counter()
 
     @property
@@ -84,7 +85,8 @@ def _follow(args: argparse.Namespace, events, model: Model, settings: Any, piece
         for event in events:
             if event.kind == "done":
                 return event.result
-            if event.kind != "commit":
+            if event.kind == "step":
+                seen.forwards += 1
                 continue
             seen.commit = event
             bar.update(len(event.positions))
@@ -93,7 +95,7 @@ def _follow(args: argparse.Namespace, events, model: Model, settings: Any, piece
                     from .live import open_view
 
                     view = open_view(pieces, seen.start, model.config.mask_id).__enter__()
-                view.update(event)
+                view.update(event, seen.forwards)
     finally:
         bar.close()
         if view is not None:
@@ -126,7 +128,7 @@ def summary(result: Result) -> str:
 def _report_interrupted(args: argparse.Namespace, seen: _Seen, pieces: Pieces) -> None:
     """What was settled when Ctrl-C came: undecided positions are MASK in text and null in ids."""
     canvas = seen.commit.canvas if seen.commit is not None else []
-    nfe = seen.commit.nfe if seen.commit is not None else 0
+    nfe = seen.forwards
     made = canvas[seen.start :]
     settled = sum(token != seen.mask_id for token in made)
     text = canvas_text(canvas, seen.start, seen.mask_id, pieces)

@@ -19,7 +19,7 @@ CLEAR = ((0.7, "green"), (0.3, "yellow"), (float("-inf"), "red"))
 class View(Protocol):
     def __enter__(self) -> View: ...
     def __exit__(self, *exc: object) -> None: ...
-    def update(self, commit: Commit) -> None: ...
+    def update(self, commit: Commit, forwards: int) -> None: ...
 
 
 def open_view(pieces: Pieces, start: int, mask_id: int) -> View:
@@ -41,9 +41,9 @@ class Lines:
     def __exit__(self, *exc: object) -> None:
         pass
 
-    def update(self, commit: Commit) -> None:
+    def update(self, commit: Commit, forwards: int) -> None:
         text = canvas_text(commit.canvas, self.start, self.mask_id, self.pieces)
-        head = f"forward {commit.nfe}, block {commit.block}: +{len(commit.positions)}, {commit.masks_left} left"
+        head = f"forward {forwards}, block {commit.block}: +{len(commit.positions)}, {commit.masks_left} left"
         self.write(f"{head} | {visible(text, keep='').replace(chr(0x240A), ' ')}")
 
 
@@ -63,10 +63,10 @@ class Canvas:
     def __exit__(self, *exc: object) -> None:
         self.live.__exit__(None, None, None)
 
-    def update(self, commit: Commit) -> None:
-        self.live.update(self.text(commit), refresh=True)
+    def update(self, commit: Commit, forwards: int) -> None:
+        self.live.update(self.text(commit, forwards), refresh=True)
 
-    def text(self, commit: Commit):
+    def text(self, commit: Commit, forwards: int):
         """The canvas as rich text; every piece of generated text is made visible first, and none is read as markup."""
         from rich.text import Text
 
@@ -78,5 +78,5 @@ class Canvas:
                 continue
             style = next(colour for least, colour in CLEAR if fresh[position] >= least) if position in fresh else ""
             out.append(visible(self.pieces[token]), style=style)
-        out.append(f"\nforward {commit.nfe}, block {commit.block}, {commit.masks_left} left in it", style="bright_black")
+        out.append(f"\nforward {forwards}, block {commit.block}, {commit.masks_left} left in it", style="bright_black")
         return out

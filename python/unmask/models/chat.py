@@ -29,13 +29,16 @@ from .config import shown
 
 OUTPUT_CHARS = 1 << 20
 """Longest rendered prompt."""
-TEMPLATE_CHARS = 1 << 17
+TEMPLATE_CHARS = 1 << 16
+MAX_DEPTH = 100
+"""Deepest nesting of a template's syntax; a loop, macro or block counts 8, as Jinja compiles those in quadratic time."""
 MAX_STEPS = 200_000
 """Loop iterations, calls, filters and operators of one rendering."""
 CREATED_CHARS = 16 << 20
 """Total size of all values made by one rendering: characters, plus _ELEMENT for each number or element."""
 _ELEMENT = 64
 SECONDS = 5.0
+"""Processor time of the rendering thread."""
 
 _SHALLOW_FILTERS = (
     "count", "d", "default", "dictsort", "first", "items", "last", "length", "list", "reject", "rejectattr",
@@ -44,7 +47,7 @@ _SHALLOW_FILTERS = (
 """Filters whose results hold only what was in their input: charged by length alone, as they are used inside loops."""
 _DEEP_FILTERS = (
     "abs", "capitalize", "e", "escape", "float", "indent", "int", "join", "lower", "map", "max", "min", "replace",
-    "round", "safe", "string", "sum", "title", "tojson", "trim", "truncate", "upper", "wordcount",
+    "safe", "string", "sum", "title", "tojson", "trim", "truncate", "upper", "wordcount",
 )  # fmt: skip
 _GROWING = {"replace": ("s", "old", "new"), "join": ("value", "d"), "indent": ("s", "width")}
 """Filters whose result can be far larger than all their inputs: name -> first arguments."""
@@ -72,13 +75,13 @@ class _Budget:
     """What is left of one rendering's steps, size and time."""
 
     def __init__(self) -> None:
-        self.steps, self.created, self.deadline = MAX_STEPS, CREATED_CHARS, time.monotonic() + SECONDS
+        self.steps, self.created, self.deadline = MAX_STEPS, CREATED_CHARS, time.thread_time() + SECONDS
 
     def step(self) -> None:
         self.steps -= 1
         if self.steps < 0:
             raise _LimitError(f"more than {MAX_STEPS:,} steps")
-        if time.monotonic() > self.deadline:
+        if time.thread_time() > self.deadline:
             raise _LimitError(f"more than {SECONDS:g} seconds")
 
     def charge(self, size: float) -> None:
@@ -144,7 +147,10 @@ def render_chat(
         raise SettingError(f"the chat template rejects the messages: {error.message}") from None
     except (CheckpointError, SettingError):
         raise
-    except (Exception, RecursionError) as error:  # a template can raise nearly any error, and all mean the same here
+    except (
+        Exception,
+        RecursionError,
+    ) as error:  # a template can raise nearly any error, and all mean the same here
         reason = str(error) if isinstance(error, _LimitError) else f"{type(error).__name__}: {error}"
         raise CheckpointError("cannot render the chat template", shown(reason, 300)) from None
     finally:
@@ -154,14 +160,32 @@ def render_chat(
 @lru_cache(maxsize=16)
 def _compiled(template: str) -> Template:
     if len(template) > TEMPLATE_CHARS:
-        raise _LimitError(f"a template of {len(template):,} characters; at most {TEMPLATE_CHARS:,} are accepted")
+        raise _LimitError(
+            f"a template of {len(template):,} characters; at most {TEMPLATE_CHARS:,} are accepted"
+        )
     environment = _environment()
-    tree = _Counted().visit(environment.parse(template))
+    parsed = environment.parse(template)
+    _check_depth(parsed)
+    tree = _Counted().visit(parsed)
     return Template.from_code(environment, environment.compile(tree), environment.globals)
 
 
+def _check_depth(tree: nodes.Node) -> None:
+    stack = [(tree, 0)]
+    while stack:
+        node, depth = stack.pop()
+        depth += (
+            8
+            if isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.Block))
+            else 1
+        )
+        if depth > MAX_DEPTH:
+            raise _LimitError("the template is nested too deeply")
+        stack.extend((child, depth) for child in node.iter_child_nodes())
+
+
 class _Counted(NodeTransformer):
-    """Rewrites a template: loops, `~` and literals of lists and dicts pass through the counting filters below."""
+    """Rewrites a template: what is not a call, filter or operator passes through the counting filters below."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         if node.recursive:
@@ -183,6 +207,16 @@ class _Counted(NodeTransformer):
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
         node = self.generic_visit(node)
         return node if node.ctx == "store" else self._through("_charged", node)
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Expr:
+        return self._through("_stepped", self.generic_visit(node))
+
+    def visit_Test(self, node: nodes.Test) -> nodes.Expr:
+        return self._through("_stepped", self.generic_visit(node))
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
+        node = self.generic_visit(node)
+        return self._through("_sliced", node) if isinstance(node.arg, nodes.Slice) else node
 
     def _through(self, name: str, value: nodes.Expr, *arguments: nodes.Expr) -> nodes.Filter:
         node = nodes.Filter(value, name, list(arguments), [], None, None)
@@ -214,6 +248,20 @@ class _Iterations:
 def _charged(value: Any) -> Any:
     _budget.get().step()
     return _budget.get().charge_deep(value)
+
+
+def _stepped(value: Any) -> Any:
+    _budget.get().step()
+    return value
+
+
+def _sliced(value: Any) -> Any:
+    budget = _budget.get()
+    budget.step()
+    budget.charge(
+        len(value) if isinstance(value, str) else 8 * len(value) if isinstance(value, (list, tuple)) else 8
+    )
+    return value
 
 
 def _concat(values: tuple[Any, ...]) -> str:
@@ -269,16 +317,26 @@ def _charge_growth(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         budget.charge(len(parts) * len(str(given.get("d", ""))))
     else:
         width = given.get("width", 4)
-        budget.charge((str(given.get("s", "")).count("\n") + 1) * (width if isinstance(width, int) else len(str(width))))
+        budget.charge(
+            (str(given.get("s", "")).count("\n") + 1) * (width if isinstance(width, int) else len(str(width)))
+        )
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
     """As Hugging Face templates expect it: plain JSON, without Jinja's HTML escapes."""
     if isinstance(value, Undefined):
         raise _LimitError("tojson of an undefined value")
     if indent is not None and (not isinstance(indent, int) or not 0 <= indent <= 16):
         raise _LimitError("tojson takes an indent of 0 to 16")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: Any) -> None:
@@ -351,11 +409,18 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 def _environment() -> _Sandbox:
     # Not optimized: constant expressions would be computed while compiling, outside of the budget.
     environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, optimized=False, finalize=_finalize, extensions=[_Generation, loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        optimized=False,
+        finalize=_finalize,
+        extensions=[_Generation, loopcontrols],
     )
     builtin = {**environment.filters, "tojson": _tojson}
-    environment.filters = {name: _bounded_filter(name, builtin[name]) for name in _SHALLOW_FILTERS + _DEEP_FILTERS}
-    environment.filters |= {"_iterations": _Iterations, "_charged": _charged, "_concat": _concat}
+    environment.filters = {
+        name: _bounded_filter(name, builtin[name]) for name in _SHALLOW_FILTERS + _DEEP_FILTERS
+    }
+    counting = (("_iterations", _Iterations), ("_charged", _charged), ("_concat", _concat))
+    environment.filters |= dict(counting) | {"_stepped": _stepped, "_sliced": _sliced}
     builtin_range = environment.globals["range"]
     environment.globals = {
         "range": builtin_range,
@@ -378,5 +443,3 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item, depth + 1) for item in value]
     raise SettingError(f"messages and variables must be plain JSON values, got {shown(value)}")
-
-

@@ -40,7 +40,7 @@ _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "flo
 
 _PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _CHUNK_BYTES = 64 << 20
-"""Tensors above this are read in pieces, so that pages of the mapped file do not add a second copy to the memory in use."""
+"""Larger tensors are read in pieces: else pages of the mapped file would add a second copy to the memory in use."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ class CheckpointInfo:
         return sum(t.n_bytes for t in self.tensors.values())
 
 
-def inspect(folder: str | Path, family: str | None = None, overrides: Mapping[str, Any] | None = None) -> CheckpointInfo:
+def inspect(
+    folder: str | Path, family: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> CheckpointInfo:
     """Check a model folder from its JSON files and safetensors headers.
 
     Args:
@@ -140,7 +142,9 @@ def load_tensors(
     return _stream(info, target, device)
 
 
-def resolve_dtype(info: CheckpointInfo, dtype: torch.dtype | str | None, device: torch.device | str) -> torch.dtype:
+def resolve_dtype(
+    info: CheckpointInfo, dtype: torch.dtype | str | None, device: torch.device | str
+) -> torch.dtype:
     """The dtype that `load_tensors` gives: `dtype`, or the stored one; SettingError if it cannot be used on `device`."""
     import torch
 
@@ -151,7 +155,8 @@ def resolve_dtype(info: CheckpointInfo, dtype: torch.dtype | str | None, device:
     if name == "float16" and torch.device(device).type == "cpu":
         origin = "stored in" if dtype is None else "asked for in"
         raise SettingError(
-            f"the model is {origin} float16, whose matrix products are about 1000x slower on the CPU; use dtype=torch.bfloat16"
+            f"the model is {origin} float16, whose matrix products are about 1000x slower on the CPU; "
+            "use dtype=torch.bfloat16"
         )
     return getattr(torch, name)
 
@@ -164,12 +169,16 @@ def confined(folder: Path, name: str) -> Path | None:
     """
     path = folder / name
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise CheckpointError(f"cannot use {folder}", f"file name {shown(name)} must be a plain name inside the folder")
+        raise CheckpointError(
+            f"cannot use {folder}", f"file name {shown(name)} must be a plain name inside the folder"
+        )
     try:
         real = path.resolve(strict=True)
     except FileNotFoundError:
         if path.is_symlink():
-            raise CheckpointError(f"cannot use {folder}", f"{name} is a broken link (incomplete download?)") from None
+            raise CheckpointError(
+                f"cannot use {folder}", f"{name} is a broken link (incomplete download?)"
+            ) from None
         return None
     except (OSError, RuntimeError) as error:  # a loop of links, no permission, a name too long
         raise CheckpointError(f"cannot use {folder}", f"{shown(name)}: {error}") from None
@@ -218,7 +227,9 @@ def _weight_files(folder: Path, problems: list[str]) -> tuple[dict[str, Path], d
     index = None
     if INDEX_FILE in names:
         if WEIGHTS_FILE in names:
-            problems.append(f"both {WEIGHTS_FILE} and {INDEX_FILE} are present: remove the one that is not meant")
+            problems.append(
+                f"both {WEIGHTS_FILE} and {INDEX_FILE} are present: remove the one that is not meant"
+            )
             return {}, None
         index = _read_index(folder, problems)
         wanted = sorted(set(index.values()))
@@ -227,7 +238,9 @@ def _weight_files(folder: Path, problems: list[str]) -> tuple[dict[str, Path], d
         if WEIGHTS_FILE in wanted:
             wanted = [WEIGHTS_FILE]
         elif len(wanted) > 1:
-            problems.append(f"{len(wanted)} .safetensors files but no {INDEX_FILE} that says what is in which")
+            problems.append(
+                f"{len(wanted)} .safetensors files but no {INDEX_FILE} that says what is in which"
+            )
             return {}, None
         elif pickles := [name for name in names if name.endswith(_PICKLE) and not wanted]:
             problems.append(
@@ -261,11 +274,15 @@ def _read_index(folder: Path, problems: list[str]) -> dict[str, str]:
         problems.extend(f"{INDEX_FILE}: {problem}" for problem in error.problems)
         return {}
     if not isinstance(weight_map, dict) or not weight_map:
-        problems.append(f"{INDEX_FILE}: weight_map must be an object that is not empty, got {shown(weight_map)}")
+        problems.append(
+            f"{INDEX_FILE}: weight_map must be an object that is not empty, got {shown(weight_map)}"
+        )
         return {}
     usable = {n: f for n, f in weight_map.items() if isinstance(f, str) and f.endswith(".safetensors")}
     for name in weight_map.keys() - usable.keys():
-        problems.append(f"{INDEX_FILE}: {shown(name)} is in {shown(weight_map[name])}, which is no .safetensors file")
+        problems.append(
+            f"{INDEX_FILE}: {shown(name)} is in {shown(weight_map[name])}, which is no .safetensors file"
+        )
     if len(set(usable.values())) > MAX_SHARDS:
         problems.append(f"{INDEX_FILE}: more than {MAX_SHARDS} shards")
         return {}
@@ -290,11 +307,15 @@ def _read_headers(
                     view = file.get_slice(name)
                     tensor = StoredTensor(name, path, tuple(view.get_shape()), view.get_dtype())
                     if name in found:
-                        problems.append(f"tensor {shown(name)} is in more than one file; one of them is {label}")
+                        problems.append(
+                            f"tensor {shown(name)} is in more than one file; one of them is {label}"
+                        )
                     elif index is not None and name not in index:
                         problems.append(f"tensor {shown(name)} of {label} is not in {INDEX_FILE}")
                     elif index is not None and index[name] != label:
-                        problems.append(f"tensor {shown(name)} is in {label}, but {INDEX_FILE} says {index[name]}")
+                        problems.append(
+                            f"tensor {shown(name)} is in {label}, but {INDEX_FILE} says {index[name]}"
+                        )
                     found.setdefault(name, tensor)
             readable.add(label)
         except (SafetensorError, OSError, ValueError) as error:
@@ -305,7 +326,9 @@ def _read_headers(
     return found if readable else None
 
 
-def _match(config: ModelConfig, stored: dict[str, StoredTensor], problems: list[str]) -> dict[str, StoredTensor]:
+def _match(
+    config: ModelConfig, stored: dict[str, StoredTensor], problems: list[str]
+) -> dict[str, StoredTensor]:
     """Canonical name -> stored tensor; adds missing, extra and misshapen tensors and wrong types to the problems."""
     module = family_module(config.family)
     specs: dict[str, WeightSpec] = module.weight_map(config)
@@ -322,19 +345,29 @@ def _match(config: ModelConfig, stored: dict[str, StoredTensor], problems: list[
             problems.append(f"missing tensor {spec.name} of shape {list(spec.shape)}")
             continue
         if tensor.shape != spec.shape:
-            problems.append(f"tensor {spec.name} must have shape {list(spec.shape)} by the config, got {list(tensor.shape)}")
+            problems.append(
+                f"tensor {spec.name} must have shape {list(spec.shape)} by the config, got {list(tensor.shape)}"
+            )
         if tensor.dtype not in DTYPES:
-            problems.append(f"tensor {spec.name} must be stored as one of {', '.join(DTYPES)}, got {tensor.dtype}")
+            problems.append(
+                f"tensor {spec.name} must be stored as one of {', '.join(DTYPES)}, got {tensor.dtype}"
+            )
         matched[canonical] = tensor
     used = {spec.name for spec in specs.values()}
     for name in stored:
         if name not in used and not module.is_ignored(name):
-            tied = " (the config ties the head to the embedding)" if config.tied_head and name.endswith("ff_out.weight") else ""
+            tied = (
+                " (the config ties the head to the embedding)"
+                if config.tied_head and name.endswith("ff_out.weight")
+                else ""
+            )
             problems.append(f"unexpected tensor {shown(name, 200)} of shape {list(stored[name].shape)}{tied}")
     return matched
 
 
-def _stream(info: CheckpointInfo, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+def _stream(
+    info: CheckpointInfo, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, torch.Tensor]]:
     for file in info.files:
         for canonical, tensor in info.tensors.items():
             if tensor.file == file:
@@ -354,14 +387,20 @@ def _read(tensor: StoredTensor, dtype: torch.dtype, device: torch.device) -> tor
             with safe_open(tensor.file, framework="pt") as file:
                 view = file.get_slice(tensor.name)
                 if tuple(view.get_shape()) != tensor.shape or view.get_dtype() != tensor.dtype:
-                    raise CheckpointError(f"cannot load {tensor.file}", f"tensor {tensor.name} changed while loading")
+                    raise CheckpointError(
+                        f"cannot load {tensor.file}", f"tensor {tensor.name} changed while loading"
+                    )
                 if step >= rows:
                     out.copy_(file.get_tensor(tensor.name))
                 else:
                     stop = min(rows, start + step)
                     out[start:stop].copy_(view[start:stop])
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot load {tensor.file}", f"the file changed while loading: {error}") from None
+        raise CheckpointError(
+            f"cannot load {tensor.file}", f"the file changed while loading: {error}"
+        ) from None
     if dtype == torch.float16 and tensor.dtype != "F16" and out.isinf().any():
-        raise CheckpointError(f"cannot load {tensor.file}", f"tensor {tensor.name} has values beyond float16's range")
+        raise CheckpointError(
+            f"cannot load {tensor.file}", f"tensor {tensor.name} has values beyond float16's range"
+        )
     return out

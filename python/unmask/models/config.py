@@ -100,14 +100,20 @@ class ModelConfig:
         if found:
             return found  # the checks below compute with these numbers
         if self.n_heads % self.n_kv_heads:
-            found.append(f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} and {self.n_kv_heads}")
+            found.append(
+                f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} and {self.n_kv_heads}"
+            )
         if self.head_dim % 8:
             found.append(f"head_dim must be a multiple of 8, got {self.head_dim}")
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
-            found.append(f"rotary_dim must be even and at most head_dim {self.head_dim}, got {self.rotary_dim}")
+            found.append(
+                f"rotary_dim must be even and at most head_dim {self.head_dim}, got {self.rotary_dim}"
+            )
         found += self._id_problems()
         if self.n_parameters > MAX_PARAMETERS:
-            found.append(f"the sizes make {self.n_parameters:,} parameters; at most {MAX_PARAMETERS:,} are accepted")
+            found.append(
+                f"the sizes make {self.n_parameters:,} parameters; at most {MAX_PARAMETERS:,} are accepted"
+            )
         return found
 
     def _id_problems(self) -> list[str]:
@@ -155,7 +161,10 @@ def shown(value: object, limit: int = 80) -> str:
     """`repr` for messages, cut short; a number too long to print is described."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # int of more than 4300 digits; nesting beyond the interpreter's limit
+    except (
+        ValueError,
+        RecursionError,
+    ):  # int of more than 4300 digits; nesting beyond the interpreter's limit
         return f"a {type(value).__name__} too large to print"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
@@ -172,12 +181,14 @@ def number_problems(name: str, value: object, kind: type, low: float, high: floa
 def family_module(name: str) -> ModuleType:
     """The module of a supported family."""
     if name not in FAMILIES:
-        raise CheckpointError("unsupported model family", f"unknown family {shown(name)}{nearest(name, FAMILIES)}")
+        raise CheckpointError(
+            "unsupported model family", f"unknown family {shown(name)}{nearest(name, FAMILIES)}"
+        )
     return import_module(FAMILIES[name])
 
 
 def detect_family(raw: dict[str, Any]) -> str:
-    """Family name of a config.json, from `model_type`, then `architectures`; CheckpointError names the supported ones."""
+    """Family name of a config.json, from `model_type`, then `architectures`; an error names the supported ones."""
     model_type = raw.get("model_type")
     architectures = raw.get("architectures")
     names = architectures if isinstance(architectures, list) else []
@@ -190,12 +201,13 @@ def detect_family(raw: dict[str, Any]) -> str:
     supported = "; ".join(f"{f}: model_type {' or '.join(family_module(f).MODEL_TYPES)}" for f in FAMILIES)
     raise CheckpointError(
         "unsupported model family",
-        f"model_type {shown(model_type)} with architectures {shown(architectures)} is not supported; supported: {supported}",
+        f"model_type {shown(model_type)} with architectures {shown(architectures)} is not supported; "
+        f"supported: {supported}",
     )
 
 
 def read_json(path: Path, limit: int = CONFIG_BYTES) -> dict[str, Any]:
-    """The object in a JSON file, read with care: CheckpointError for anything but one well-formed object of <= `limit` bytes."""
+    """The object in a JSON file; CheckpointError for anything but one well-formed object of <= `limit` bytes."""
     text = read_text(path, limit)
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys)
@@ -215,7 +227,9 @@ def read_text(path: Path, limit: int) -> str:
         if not stat.S_ISREG(info.st_mode):  # opening a FIFO would block
             raise CheckpointError(f"cannot read {path}", "not a regular file")
         if info.st_size > limit:
-            raise CheckpointError(f"cannot read {path}", f"{info.st_size:,} bytes; at most {limit:,} are read")
+            raise CheckpointError(
+                f"cannot read {path}", f"{info.st_size:,} bytes; at most {limit:,} are read"
+            )
         with open(path, "rb") as file:
             data = file.read(limit + 1)
     except (OSError, ValueError) as error:

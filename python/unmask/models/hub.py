@@ -1,6 +1,6 @@
-"""Finding a model: explicit folder, then the Hugging Face cache, then the embedded model. Nothing is fetched unless asked.
+"""Finding a model: a folder, else the Hugging Face cache, else the embedded model. Nothing is fetched unless asked.
 
-Cache layout: <cache>/models--org--name/{refs/<revision>, snapshots/<commit>/..., blobs/...}; refs/main holds the commit.
+The cache holds models--org--name/{refs/<revision>, snapshots/<commit>/..., blobs/...}; refs/main names the commit.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def resolve(source: str | os.PathLike[str], *, revision: str = "main", download:
     """
     text = os.fspath(source) if isinstance(source, os.PathLike) else source
     if not isinstance(text, str) or not text or "\0" in text:
-        raise SettingError(f"a model must be named by a folder, an org/name id or {EMBEDDED[0]!r}, got {shown(source)}")
+        raise SettingError(
+            f"a model must be named by a folder, an org/name id or {EMBEDDED[0]!r}, got {shown(source)}"
+        )
     if not isinstance(revision, str) or not all(_is_plain(part) for part in revision.split("/")):
         raise SettingError(f"revision must be a branch, tag or commit, got {shown(revision)}")
     path = _expanded(text)
@@ -79,7 +81,10 @@ def search_paths() -> list[SearchPath]:
         ("HF_HUB_CACHE", env("HF_HUB_CACHE")),
         ("HUGGINGFACE_HUB_CACHE", env("HUGGINGFACE_HUB_CACHE")),
         ("HF_HOME", env("HF_HOME") and os.path.join(env("HF_HOME", ""), "hub")),
-        ("XDG_CACHE_HOME", env("XDG_CACHE_HOME") and os.path.join(env("XDG_CACHE_HOME", ""), "huggingface", "hub")),
+        (
+            "XDG_CACHE_HOME",
+            env("XDG_CACHE_HOME") and os.path.join(env("XDG_CACHE_HOME", ""), "huggingface", "hub"),
+        ),
         ("default cache", os.path.join("~", ".cache", "huggingface", "hub")),
     ]
     places: dict[Path, SearchPath] = {}
@@ -101,7 +106,9 @@ def _expanded(text: str) -> Path:
 def _embedded(name: str) -> Path:
     folder = _PACKAGE / name / "model"
     if not _is_file(folder / CONFIG_FILE):
-        raise ModelNotFound(f"the embedded model {name!r} is not in this installation: {folder} holds no {CONFIG_FILE}")
+        raise ModelNotFound(
+            f"the embedded model {name!r} is not in this installation: {folder} holds no {CONFIG_FILE}"
+        )
     return folder
 
 
@@ -148,7 +155,9 @@ def _snapshot(folder: Path, revision: str) -> Path:
     path = folder / "snapshots" / commit
     if not _is_file(path / CONFIG_FILE):
         repo_id = folder.resolve().name.removeprefix("models--").replace("--", "/", 1)
-        raise ModelNotFound(f"{path} is incomplete: it holds no {CONFIG_FILE}. Fetch it with: hf download {repo_id}")
+        raise ModelNotFound(
+            f"{path} is incomplete: it holds no {CONFIG_FILE}. Fetch it with: hf download {repo_id}"
+        )
     return path
 
 
@@ -168,7 +177,9 @@ def _download(repo_id: str, revision: str) -> Path:
         ) from None
     try:
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS))
-    except Exception as error:  # network, offline mode, no such repository, no permission: many classes, one meaning here
+    except (
+        Exception
+    ) as error:  # network, offline mode, no such repository, no permission: many classes, one meaning here
         raise ModelNotFound(f"could not download {repo_id!r}: {type(error).__name__}: {error}") from error
     if not _is_file(folder / CONFIG_FILE):
         raise ModelNotFound(f"{repo_id!r} was downloaded to {folder}, but holds no {CONFIG_FILE}")

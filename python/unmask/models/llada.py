@@ -94,7 +94,9 @@ def read_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
         value = raw.get(name, default)
         if type(value) is not type(supported) or value != supported:
             missing = "" if name in raw else ", the authors' default for a missing field"
-            problems.append(f"{name} must be {supported!r} (the only value supported), got {shown(value)}{missing}")
+            problems.append(
+                f"{name} must be {supported!r} (the only value supported), got {shown(value)}{missing}"
+            )
     for name in _ABSENT:
         if raw.get(name) is not None:
             problems.append(f"{name} must be absent or null, got {shown(raw[name])}")
@@ -127,9 +129,13 @@ def read_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
         qkv_bias=flag("include_qkv_bias", False),
         qk_norm=False,
         tied_head=flag("weight_tying", True),
-        mask_id=_one_id(raw, generation, "mask_token_id", MASK_ID if rows > MASK_ID else None, rows, problems),
+        mask_id=_one_id(
+            raw, generation, "mask_token_id", MASK_ID if rows > MASK_ID else None, rows, problems
+        ),
         eos_ids=eos_ids,
-        pad_id=_one_id(raw, generation, "pad_token_id", eos_ids[0] if eos_ids else None, rows, problems, required=False),
+        pad_id=_one_id(
+            raw, generation, "pad_token_id", eos_ids[0] if eos_ids else None, rows, problems, required=False
+        ),
         max_positions=integer("max_sequence_length", "max_positions", 1024),
         block_size=None,
         shifted=False,
@@ -150,7 +156,9 @@ def _kv_heads(raw: dict[str, Any], n_heads: int, n_kv_heads: int, problems: list
         return n_kv_heads
     implied = 1 if multi_query else n_heads
     if raw.get("n_kv_heads") not in (None, implied):
-        problems.append(f"n_kv_heads {n_kv_heads} contradicts multi_query_attention {multi_query}, which means {implied}")
+        problems.append(
+            f"n_kv_heads {n_kv_heads} contradicts multi_query_attention {multi_query}, which means {implied}"
+        )
     return implied
 
 
@@ -162,7 +170,9 @@ def _one_id(raw, generation, name, default, rows, problems, required=True) -> in
         value = default
     if value is None:
         if required:
-            problems.append(f"{name} is missing, and vocab_size {rows} is not the released vocabulary ({VOCAB_SIZE})")
+            problems.append(
+                f"{name} is missing, and vocab_size {rows} is not the released vocabulary ({VOCAB_SIZE})"
+            )
             return 0
         return None
     bad = number_problems(name, value, int, 0, rows - 1)
@@ -171,7 +181,7 @@ def _one_id(raw, generation, name, default, rows, problems, required=True) -> in
 
 
 def _eos_ids(raw, generation, rows, problems) -> tuple[int, ...]:
-    """generation_config.json first, then config.json, then the family's id; EoT joins <|endoftext|> in the released vocabulary."""
+    """From generation_config.json, else config.json, else the family's; EoT joins in the released vocabulary."""
     value = generation.get("eos_token_id")
     if value is None:
         value = raw.get("eos_token_id")

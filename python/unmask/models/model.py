@@ -76,9 +76,9 @@ def build(info: checkpoint.CheckpointInfo, tokenizer: Tokenizer, name: str, dtyp
     head: Head | None = None
     format: Format | None = None
     need: dict[int, list[str]] = {i: [] for i in range(config.n_layers)}
-    for name in info.tensors:
-        if name.startswith("layers."):
-            _, index, short = name.split(".")
+    for tensor_name in info.tensors:
+        if tensor_name.startswith("layers."):
+            _, index, short = tensor_name.split(".")
             need[int(index)].append(short)
     for key, tensor in checkpoint.load_tensors(info, dtype, device):
         if format is None:

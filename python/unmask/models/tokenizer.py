@@ -13,7 +13,11 @@ from .config import ModelConfig, family_module, read_json, read_text, shown
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
 
-TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, TEMPLATE_FILE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 TOKENIZER_BYTES = 200 << 20
 TOKENIZER_CONFIG_BYTES = 16 << 20
 TEMPLATE_BYTES = 1 << 20
@@ -55,7 +59,10 @@ class Tokenizer:
         """
         folder = Path(folder).resolve()
         problems: list[str] = []
-        settings = _optional(folder, TOKENIZER_CONFIG_FILE, problems, lambda p: read_json(p, TOKENIZER_CONFIG_BYTES)) or {}
+        settings = (
+            _optional(folder, TOKENIZER_CONFIG_FILE, problems, lambda p: read_json(p, TOKENIZER_CONFIG_BYTES))
+            or {}
+        )
         text = _optional(folder, TOKENIZER_FILE, problems, lambda p: read_text(p, TOKENIZER_BYTES))
         rust = _parse(text, problems) if text is not None else None
         template = _optional(folder, TEMPLATE_FILE, problems, lambda p: read_text(p, TEMPLATE_BYTES))
@@ -69,7 +76,12 @@ class Tokenizer:
             raise CheckpointError(f"cannot use the tokenizer in {folder}", problems)
         family = family_module(config.family)
         default = getattr(family, "CHAT_TEMPLATE", None)
-        if template is None and rust is not None and default and rust.token_to_id(family.BOS_TOKEN) is not None:
+        if (
+            template is None
+            and rust is not None
+            and default
+            and rust.token_to_id(family.BOS_TOKEN) is not None
+        ):
             template = default
             special.setdefault("bos_token", family.BOS_TOKEN)
         return cls(folder, config, rust, template, special)
@@ -89,7 +101,8 @@ class Tokenizer:
 
         Args:
             text: any str that is valid Unicode.
-            add_special: add the tokens that the tokenizer puts around a text (some add a BOS token). Rendered chats bring theirs.
+            add_special: add the tokens that the tokenizer puts around a text (some add a BOS token); a rendered
+                chat brings its own.
         """
         if not isinstance(text, str):
             raise SettingError(f"text must be a str, got {type(text).__name__}")
@@ -108,14 +121,19 @@ class Tokenizer:
                 raise SettingError(f"ids must be integers >= 0, got {shown(value)}")
         return rust.decode(values, skip_special_tokens=skip_special)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
         """The prompt text of a conversation; encode it with add_special=False. Errors as `render_chat`."""
         if self.chat_template is None:
             raise SettingError(f"the model in {self.folder} has no chat template; pass a plain prompt")
         from .chat import render_chat  # imports Jinja2
 
         return render_chat(
-            messages, self.chat_template, add_generation_prompt=add_generation_prompt, **{**self.special, **variables}
+            messages,
+            self.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.special, **variables},
         )
 
     def token_to_id(self, token: str) -> int | None:
@@ -130,7 +148,9 @@ class Tokenizer:
 
     def _need(self) -> RustTokenizer:
         if self._rust is None:
-            raise CheckpointError(f"no text for the model in {self.folder}", f"it has no {TOKENIZER_FILE}; pass ids instead")
+            raise CheckpointError(
+                f"no text for the model in {self.folder}", f"it has no {TOKENIZER_FILE}; pass ids instead"
+            )
         return self._rust
 
 
@@ -163,7 +183,11 @@ def _parse(text: str, problems: list[str]) -> RustTokenizer | None:
 def _template(value: object, problems: list[str]) -> str | None:
     """chat_template of tokenizer_config.json: a text, or a list of named ones, of which "default" counts."""
     if isinstance(value, list):
-        named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict) and isinstance(t.get("name"), str)}
+        named = {
+            t.get("name"): t.get("template")
+            for t in value
+            if isinstance(t, dict) and isinstance(t.get("name"), str)
+        }
         value = named.get("default")
     if value is not None and not isinstance(value, str):
         problems.append(f"{TOKENIZER_CONFIG_FILE}: chat_template must be a text, got {shown(value)}")
@@ -194,17 +218,25 @@ def _add_tokens(rust: RustTokenizer, added: object, problems: list[str]) -> None
     if isinstance(added, dict):
         entries = {key: e.get("content") if isinstance(e, dict) else None for key, e in added.items()}
     usable = isinstance(added, dict) and len(entries) <= 1 << 16
-    if not usable or not all(isinstance(c, str) and k.isascii() and k.isdigit() and len(k) < 10 for k, c in entries.items()):
-        problems.append(f"{TOKENIZER_CONFIG_FILE}: added_tokens_decoder must map ids to tokens, got {shown(added)}")
+    if not usable or not all(
+        isinstance(c, str) and k.isascii() and k.isdigit() and len(k) < 10 for k, c in entries.items()
+    ):
+        problems.append(
+            f"{TOKENIZER_CONFIG_FILE}: added_tokens_decoder must map ids to tokens, got {shown(added)}"
+        )
         return
     for key, content in sorted(entries.items(), key=lambda item: int(item[0])):
         if rust.token_to_id(content) is None:
-            flags = {f: added[key].get(f) is True for f in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+            flags = {
+                f: added[key].get(f) is True
+                for f in ("single_word", "lstrip", "rstrip", "normalized", "special")
+            }
             token = AddedToken(content, **flags)
             (rust.add_special_tokens if flags["special"] else rust.add_tokens)([token])
         if rust.token_to_id(content) != int(key):
             problems.append(
-                f"token {shown(content)} has id {rust.token_to_id(content)} in {TOKENIZER_FILE}, {key} in {TOKENIZER_CONFIG_FILE}"
+                f"token {shown(content)} has id {rust.token_to_id(content)} in {TOKENIZER_FILE}, "
+                f"{key} in {TOKENIZER_CONFIG_FILE}"
             )
 
 
@@ -213,7 +245,10 @@ def _check_vocabulary(rust: RustTokenizer, config: ModelConfig, problems: list[s
     largest = max(vocabulary.values(), default=-1)
     if largest >= config.vocab_size:
         problems.append(
-            f"the tokenizer has ids up to {largest} ({len(vocabulary)} tokens), but the model's vocabulary is {config.vocab_size}"
+            f"the tokenizer has ids up to {largest} ({len(vocabulary)} tokens), but the model's vocabulary is "
+            f"{config.vocab_size}"
         )
     if rust.id_to_token(config.mask_id) is None:
-        problems.append(f"the tokenizer ({len(vocabulary)} tokens) has no token for the mask id {config.mask_id}")
+        problems.append(
+            f"the tokenizer ({len(vocabulary)} tokens) has no token for the mask id {config.mask_id}"
+        )

@@ -252,6 +252,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--judge-every", type=int, default=750, help="steps between held-out checks (40 prompts a task)"
     )
+    parser.add_argument("--final-count", type=int, default=300, help="held-out prompts a task at the end")
     return parser.parse_args(argv)
 
 
@@ -294,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
                 export(run, tokenizer, args.out / "model")
     export(run, tokenizer, args.out / "model")
     print(f"trained in {run.cpu_seconds:.0f} CPU seconds, {run.seconds:.0f} s wall", flush=True)
-    print(_percent(held_out_accuracy(run, tokenizer, 300)), flush=True)
+    print(_percent(held_out_accuracy(run, tokenizer, args.final_count)), flush=True)
 
 
 if __name__ == "__main__":
