@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # tests import tests/n
 
 settings.register_profile("default", max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 settings.register_profile("long", parent=settings.get_profile("default"), max_examples=2000)
+settings.register_profile("brief", parent=settings.get_profile("default"), max_examples=25)  # tests/sanitize.sh
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
@@ -28,3 +29,14 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def cuda() -> torch.device:
+    """The GPU, for tests that need one: they are skipped where there is none, and only there."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    from unmask.ops import cuda_archs
+
+    assert cuda_archs(), "a CUDA device is here, but the op library was built without CUDA kernels"
+    return torch.device("cuda")

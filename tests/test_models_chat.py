@@ -81,16 +81,58 @@ def test_what_templates_use(template):
     assert render_chat(MESSAGES, template, tools=tools, bos_token="<s>") == TEMPLATES[template]
 
 
-def test_same_as_plain_jinja():
+THINKING = """{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- for tool in tools %}
+        {{- "\\n" ~ (tool | tojson) }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(searching=true, last=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.searching and message.role == 'user' and not message.content.startswith('<tool>') %}
+        {%- set ns.searching = false %}
+        {%- set ns.last = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if '</think>' in content %}
+        {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+    {%- endif %}
+    {%- if loop.previtem is defined and loop.previtem.role == message.role %}{{- '+' }}{%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + content }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '{"name": "' ~ call.name ~ '", "arguments": ' }}
+        {%- if call.arguments is string %}{{ call.arguments }}{% else %}{{ call.arguments | tojson }}{% endif %}
+        {{- '}' if loop.last else '},' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' if loop.index0 < ns.last else '<|end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+
+@pytest.mark.parametrize("template", [RELEASED, llada.CHAT_TEMPLATE, THINKING])
+def test_same_as_plain_jinja(template):
     """Counting does not change what a template means."""
     from jinja2 import Environment
 
+    calls = [{"name": "f", "arguments": {"x": [1, None]}}, {"name": "g", "arguments": "{}"}]
+    messages = [
+        *MESSAGES,
+        {"role": "assistant", "content": "<think>hm</think>\n\nso", "tool_calls": calls},
+        {"role": "assistant", "content": "b"},
+    ]
+    values = {
+        "messages": messages,
+        "bos_token": "<s>",
+        "tools": [{"name": "f", "doc": "<>"}],
+        "add_generation_prompt": True,
+    }
     plain = Environment(trim_blocks=True, lstrip_blocks=True)
-    for template in (RELEASED, llada.CHAT_TEMPLATE):
-        expected = plain.from_string(template).render(
-            messages=MESSAGES, bos_token="<s>", add_generation_prompt=True
-        )
-        assert render_chat(MESSAGES, template, bos_token="<s>") == expected
+    plain.filters["tojson"] = json.dumps
+    assert render_chat(**values, template=template) == plain.from_string(template).render(values)
 
 
 def test_a_long_conversation_is_fast():
@@ -171,7 +213,7 @@ HOSTILE = [
     "{% for i in [1] %}" * 200 + "{% endfor %}" * 200,
     "x" * 200000,
     "{{ a }}" * 20000,
-    ("{% for i in [1] %}" * 11 + "{% endfor %}" * 11) * 150 + "{{ 1 / 0 }}",
+    ("{% for i in [1] %}" * 11 + "{% endfor %}" * 11) * 75 + "{{ 1 / 0 }}",
     # memory
     "{{ 'a' * 10**9 }}",
     "{{ 10**9 * 'a' }}",
@@ -243,9 +285,10 @@ def test_hostile_templates_end_soon_in_one_error(template):
     assert MESSAGES[0] == {"role": "system", "content": "Be brief."}
 
 
-@pytest.mark.parametrize(
-    "template", [t for t in HOSTILE if "10**9" in t or "GROW" in t or t.startswith(GROW) or BIG in t]
-)
+LARGE = [t for t in HOSTILE if "10**9" in t or BIG in t] + [t for t in HOSTILE if t.startswith(GROW)][::4]
+
+
+@pytest.mark.parametrize("template", LARGE)
 def test_hostile_templates_stay_small(template):
     tracemalloc.start()
     try:

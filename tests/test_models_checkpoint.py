@@ -295,7 +295,7 @@ def test_mutated_headers_never_crash(tmp_path):
     length = 8 + int.from_bytes(whole[:8], "little")
     rng = random.Random(0)
     outcomes = {"loaded": 0, "refused": 0}
-    for _ in range(600):
+    for _ in range(400):
         mutant = bytearray(whole)
         for _ in range(rng.choice((1, 1, 1, 2, 8))):
             position = rng.randrange(8) if rng.random() < 0.1 else rng.randrange(length)
@@ -311,7 +311,7 @@ def test_mutated_headers_never_crash(tmp_path):
         else:  # a mutant of padding or metadata, or of the same value: then it is the whole model
             outcomes["loaded"] += 1
             assert len(weights) == 30
-    assert outcomes["refused"] > 500, outcomes
+    assert outcomes["refused"] > 330, outcomes
 
 
 @pytest.mark.parametrize(
@@ -607,7 +607,7 @@ def write_big(folder: Path, megabytes: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_loading_needs_the_weights_and_little_more(tmp_path, dtype):
-    write_big(tmp_path, 400)
+    write_big(tmp_path, 240)
     script = textwrap.dedent(f"""
         import torch, unmask.models as m
         def peak():  # MB; not ru_maxrss, which a child process inherits from its parent
@@ -621,7 +621,7 @@ def test_loading_needs_the_weights_and_little_more(tmp_path, dtype):
     """)
     done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True)
     size, grown = map(float, done.stdout.split())
-    assert size > 380 and grown < size + 100, (size, grown, done.stderr)
+    assert size > 200 and grown < size + 100, (size, grown, done.stderr)
 
 
 def test_pieces_of_large_tensors_join_exactly(tmp_path, monkeypatch):

@@ -285,6 +285,10 @@ def test_overrides(tmp_path):
         inspect(tmp_path, overrides={"mask_id": 1000})
     with pytest.raises(CheckpointError, match="must have shape"):
         inspect(tmp_path, overrides={"ffn_dim": 168})
+    write_checkpoint(tmp_path, mask_token_id=..., eos_token_id="x", pad_token_id=..., rope_theta=None)
+    given = {"mask_id": 5, "eos_ids": (), "pad_id": None, "rope_theta": 10.0}
+    config = inspect(tmp_path, overrides=given).config  # in place of fields that are missing or wrong
+    assert {name: getattr(config, name) for name in given} == given
 
 
 # --- hostile JSON -----------------------------------------------------------------------------------------------

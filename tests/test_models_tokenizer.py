@@ -174,6 +174,12 @@ def test_a_tokenizer_beyond_the_size_limit(tmp_path, monkeypatch):
     assert any("at most 100 are read" in problem for problem in problems(write(tmp_path)))
 
 
+def test_a_gigabyte_is_not_read(tmp_path):
+    write(tmp_path)
+    os.truncate(tmp_path / "tokenizer.json", 1 << 30)
+    assert problems(tmp_path) == ["tokenizer.json: 1,073,741,824 bytes; at most 209,715,200 are read"]
+
+
 def test_a_tokenizer_for_a_larger_model_names_both_sizes(tmp_path):
     rust = rust_tokenizer()
     rust.add_tokens([f"<extra {i}>" for i in range(200)])
@@ -300,6 +306,18 @@ def test_embedded_tokenizer_files(tmp_path):
     tokenizer = Tokenizer.load(tmp_path, dataclasses.replace(CONFIG, **ids))
     assert tokenizer.chat([{"role": "user", "content": "sort d a c"}]) == "sort d a c =>"
     assert tokenizer.decode(tokenizer.encode("sort d a c =>")) == "sort d a c =>"
+
+
+def test_embedded_model():
+    from unmask.models import resolve
+
+    folder = resolve("tiny")
+    config = inspect(folder).config
+    tokenizer = Tokenizer.load(folder, config)
+    assert tokenizer.available and tokenizer.vocab_size <= config.vocab_size <= 256
+    text = tokenizer.chat([{"role": "user", "content": "sort d a c"}])
+    assert tokenizer.decode(tokenizer.encode(text, add_special=False)) == text == "sort d a c =>"
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 8 << 20
 
 
 def test_copying_the_folder_changes_nothing(tmp_path):

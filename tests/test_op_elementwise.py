@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from native import native
 from strided import ALL_LAYOUTS, LAYOUTS, relayout
-
 from unmask import ops, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from native import native
 from strided import ALL_LAYOUTS, LAYOUTS, relayout
-
 from unmask import ops, reference
 from unmask.ops import Status
 

@@ -1,5 +1,13 @@
 # CUDA kernels go into the same _C when nvcc is there. Plain nvcc against a CPU-only torch is enough: the CUDA runtime is linked
 # statically and the stream comes from a weak symbol, so the library also loads on machines without CUDA.
+if(NOT UNMASK_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "unmask: UNMASK_CUDA must be AUTO, ON or OFF, got ${UNMASK_CUDA}")
+endif()
+foreach(arch ${UNMASK_CUDA_ARCHS})  # warp-wide integer reductions need sm_80
+  if(NOT arch MATCHES "^([0-9]+)[af]?$" OR CMAKE_MATCH_1 LESS 80)
+    message(FATAL_ERROR "unmask: UNMASK_CUDA_ARCHS must list architectures from 80 up, such as 80;89;90a;100;120, got ${arch}")
+  endif()
+endforeach()
 set(UNMASK_CUDA_COMPILER_TEXT "none")
 set(UNMASK_CUDA_ARCH_TEXT "")
 file(GLOB UNMASK_CUDA_SOURCES CONFIGURE_DEPENDS csrc/cuda/*.cu)

@@ -1,8 +1,14 @@
 # Finds an installed torch by its folder only: no find_package(Torch), which would drag in CUDA checks and at:: flags.
-execute_process(
-  COMMAND ${Python_EXECUTABLE} -c
-    "import importlib.util as u, os, re; s = u.find_spec('torch'); d = os.path.dirname(s.origin) if s and s.origin else ''; v = re.search(r\"__version__ = '([^']+)'\", open(os.path.join(d, 'version.py')).read()).group(1) if d else ''; print(d + ';' + v, end='')"
-  OUTPUT_VARIABLE _torch RESULT_VARIABLE _torch_rc ERROR_QUIET)
+set(_find_torch [=[
+import importlib.util, os, re, sys
+spec = importlib.util.find_spec("torch")
+if spec is None or not spec.origin:
+    sys.exit(1)
+folder = os.path.dirname(spec.origin)
+version = re.search(r"__version__ = '([^']+)'", open(os.path.join(folder, "version.py")).read()).group(1)
+print(folder, version, sep=chr(59), end="")
+]=])
+execute_process(COMMAND ${Python_EXECUTABLE} -c "${_find_torch}" OUTPUT_VARIABLE _torch RESULT_VARIABLE _torch_rc ERROR_QUIET)
 list(LENGTH _torch _torch_n)
 if(NOT _torch_rc EQUAL 0 OR _torch_n LESS 2)
   message(FATAL_ERROR

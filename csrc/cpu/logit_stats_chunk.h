@@ -123,9 +123,9 @@ UNMASK_INLINE void chunk_max(const fp16* x, int n, float* lanes) { chunk_max16(x
 #endif
 
 UNMASK_INLINE float max_of(const float* lanes) {
-  float m = lanes[0];
-  for (int i = 1; i < kStep; ++i) m = lanes[i] > m ? lanes[i] : m;
-  return m;
+  vf m = vload(lanes);
+  for (int i = kW; i < kStep; i += kW) m = vmax(vload(lanes + i), m);
+  return vreduce_max(m);
 }
 
 // ---- pass 2 -------------------------------------------------------------------------------------------------------

@@ -37,37 +37,39 @@ UNMASK_INLINE void set_key(NoiseKey* key, uint64_t seed, uint32_t pos, uint32_t 
 }
 
 #if defined(UNMASK_AVX512)
-constexpr int kPhiloxIds = 64;
+#define UNMASK_EACH for (int i = 0; i < kPhiloxChains; ++i)
+constexpr int kPhiloxChains = 4, kPhiloxIds = 32 * kPhiloxChains;
 // words of ids [4 c, 4 c + kPhiloxIds)
 UNMASK_INLINE void philox_words(const NoiseKey& key, uint32_t c, uint32_t* out) {
   const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
-  __m512i c0[2], c1[2], c2[2], c3[2];
-  for (int i = 0; i < 2; ++i) {
+  __m512i c0[kPhiloxChains], c1[kPhiloxChains], c2[kPhiloxChains], c3[kPhiloxChains], p0[kPhiloxChains], p1[kPhiloxChains];
+  for (int i = 0; i < kPhiloxChains; ++i) {
     const __m512i n = _mm512_add_epi64(_mm512_set1_epi64(c + 8 * i), _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));
-    const __m512i p0 = _mm512_mul_epu32(m0, n);
-    const __m512i p1 = _mm512_mul_epu32(m1, _mm512_xor_si512(_mm512_srli_epi64(p0, 32), _mm512_set1_epi64(key.k1[0])));
-    c0[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), _mm512_set1_epi64(key.y0), _mm512_set1_epi64(key.k0[1]), 0x96);
-    c1[i] = p1;
-    c2[i] = _mm512_xor_si512(p0, _mm512_set1_epi64(key.x1));
+    const __m512i q0 = _mm512_mul_epu32(m0, n);
+    const __m512i q1 = _mm512_mul_epu32(m1, _mm512_xor_si512(_mm512_srli_epi64(q0, 32), _mm512_set1_epi64(key.k1[0])));
+    c0[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(q1, 32), _mm512_set1_epi64(key.y0), _mm512_set1_epi64(key.k0[1]), 0x96);
+    c1[i] = q1;
+    c2[i] = _mm512_xor_si512(q0, _mm512_set1_epi64(key.x1));
     c3[i] = _mm512_set1_epi64(key.y1);
   }
   for (int round = 2; round < 10; ++round) {
-    for (int i = 0; i < 2; ++i) {
-      const __m512i p0 = _mm512_mul_epu32(m0, c0[i]), p1 = _mm512_mul_epu32(m1, c2[i]);
-      c0[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1[i], _mm512_set1_epi64(key.k0[round]), 0x96);
-      c2[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3[i], _mm512_set1_epi64(key.k1[round]), 0x96);
-      c1[i] = p1;
-      c3[i] = p0;
-    }
+    const __m512i k0 = _mm512_set1_epi64(key.k0[round]), k1 = _mm512_set1_epi64(key.k1[round]);
+    UNMASK_EACH p0[i] = _mm512_mul_epu32(m0, c0[i]);
+    UNMASK_EACH p1[i] = _mm512_mul_epu32(m1, c2[i]);
+    UNMASK_EACH c0[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1[i], 32), c1[i], k0, 0x96);
+    UNMASK_EACH c2[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0[i], 32), c3[i], k1, 0x96);
+    UNMASK_EACH c1[i] = p1[i];
+    UNMASK_EACH c3[i] = p0[i];
   }
   const __m512i lo = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0), hi = _mm512_set_epi64(15, 7, 14, 6, 13, 5, 12, 4);
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < kPhiloxChains; ++i) {
     const __m512i a = _mm512_mask_blend_epi32(0xAAAA, c0[i], _mm512_slli_epi64(c1[i], 32));  // x | y << 32
     const __m512i b = _mm512_mask_blend_epi32(0xAAAA, c2[i], _mm512_slli_epi64(c3[i], 32));  // z | w << 32
     _mm512_storeu_si512(out + 32 * i, _mm512_permutex2var_epi64(a, lo, b));
     _mm512_storeu_si512(out + 32 * i + 16, _mm512_permutex2var_epi64(a, hi, b));
   }
 }
+#undef UNMASK_EACH
 #elif defined(UNMASK_AVX2)
 constexpr int kPhiloxIds = 32;
 UNMASK_INLINE void philox_words(const NoiseKey& key, uint32_t c, uint32_t* out) {
@@ -100,10 +102,12 @@ UNMASK_INLINE void philox_words(const NoiseKey& key, uint32_t c, uint32_t* out) 
   }
 }
 #else
-constexpr int kPhiloxIds = 4;
+constexpr int kPhiloxIds = 8;
 UNMASK_INLINE void philox_words(const NoiseKey& key, uint32_t c, uint32_t* out) {
-  const Philox4 r = philox(key.seed, c, key.pos, key.step, 0u);
-  out[0] = r.x; out[1] = r.y; out[2] = r.z; out[3] = r.w;
+  for (uint32_t i = 0; i < 2; ++i, out += 4) {
+    const Philox4 r = philox(key.seed, c + i, key.pos, key.step, 0u);
+    out[0] = r.x; out[1] = r.y; out[2] = r.z; out[3] = r.w;
+  }
 }
 #endif
 

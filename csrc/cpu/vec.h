@@ -203,6 +203,24 @@ template <class T> UNMASK_INLINE void vstore_n(T* p, vf a, int n) {
 }
 // What a store as T followed by a load gives: one rounding to T, still held as fp32.
 UNMASK_INLINE vf vround(vf a, const float*) { return a; }
+#if defined(UNMASK_AVX512)
+UNMASK_INLINE vf vround(vf a, const bf16*) {
+  const __m512i u = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i r = _mm512_and_si512(_mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7FFF)), _mm512_set1_epi32(-65536));
+  return {_mm512_mask_add_ps(_mm512_castsi512_ps(r), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v, a.v)};  // NaN: quiet, as it was
+}
+UNMASK_INLINE vf vround(vf a, const fp16*) { return {_mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT))}; }
+#elif defined(UNMASK_AVX2)
+UNMASK_INLINE vf vround(vf a, const bf16*) {
+  const __m256i u = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i r = _mm256_and_si256(_mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7FFF)), _mm256_set1_epi32(-65536));
+  return {_mm256_blendv_ps(_mm256_castsi256_ps(r), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
+}
+UNMASK_INLINE vf vround(vf a, const fp16*) { return {_mm256_cvtph_ps(_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT))}; }
+#else
 template <class T> UNMASK_INLINE vf vround(vf a, const T*) { T t[kW]; vstore(t, a); return vload(static_cast<const T*>(t)); }
+#endif
 
 }  // namespace unmask::cpu::UNMASK_ISA_NS

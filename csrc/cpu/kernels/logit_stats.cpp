@@ -28,13 +28,20 @@ UNMASK_INLINE void fold_sum(const SumExp& sum, StatsState* st) {
 }
 
 // ---- candidates ---------------------------------------------------------------------------------------------------
+// The largest float below x > -inf.
+UNMASK_INLINE float below(float x) {
+  if (x == 0.0f) return -0x1p-149f;
+  return bits_to_float(float_to_bits(x) + (x > 0.0f ? 0xFFFFFFFFu : 1u));
+}
+
 // The k-th largest lane maximum is at most the chunk's k-th best value (the lane maxima are different ids; kStep >= kTopMax), so only
-// ids at or above it can enter. Ties with what is kept lose: ids rise.
+// ids at or above it can enter, and only ids above the k-th kept: one bar for both, `bar < x`. Ties with what is kept lose: ids rise.
 template <class T>
-UNMASK_INLINE void fold_candidates(const T* x, int n, int64_t base, const float* lanes, StatsState* st) {
+UNMASK_INLINE void fold_candidates(const T* x, int n, int64_t base, const float* lanes, float m, StatsState* st) {
   static_assert(kStep >= kTopMax, "the lane maxima must bound the k-th best");
   const int k = st->kept;
   Cand* top = st->top;
+  if (!(m > top[k - 1].v)) return;
   float best[kTopMax];
   for (int i = 0; i < k; ++i) best[i] = neg_inf();
   for (int i = 0; i < kStep; ++i) {
@@ -44,20 +51,23 @@ UNMASK_INLINE void fold_candidates(const T* x, int n, int64_t base, const float*
       if (v > best[j]) { const float old = best[j]; best[j] = v; v = old; }
     }
   }
-  if (!(best[0] > top[k - 1].v)) return;
-  const vf floor = vset(best[k - 1]);
-  vf bar = vset(top[k - 1].v);
-  for (int i = 0; i < n; i += kW) {
-    const vf v = i + kW <= n ? vload(x + i) : vload_n(x + i, n - i, neg_inf());
-    uint32_t hits = vgt_mask(v, bar);
-    if (__builtin_expect(hits == 0, 1)) continue;
-    hits &= vge_mask(v, floor);
-    while (hits != 0) {
-      const int lane = __builtin_ctz(hits);
-      hits &= hits - 1;
-      insert_cand(top, k, {to_float(x[i + lane]), static_cast<int32_t>(base + i + lane)});
-      bar = vset(top[k - 1].v);
+  const float floor = best[k - 1] > neg_inf() ? below(best[k - 1]) : neg_inf();
+  float bar = top[k - 1].v > floor ? top[k - 1].v : floor;
+  vf vbar = vset(bar);
+  for (int i = 0; i < n; i += kStep) {
+    const int len = n - i < kStep ? n - i : kStep;
+    if (len == kStep) {
+      vf v[kAcc];
+      for (int a = 0; a < kAcc; a += 2) load_pair(x + i + a * kW, &v[a], &v[a + 1]);
+      if (__builtin_expect(vgt_mask(vmax(vmax(v[0], v[1]), vmax(v[2], v[3])), vbar) == 0, 1)) continue;
     }
+    for (int j = 0; j < len; ++j) {
+      const float v = to_float(x[i + j]);
+      if (!(v > bar)) continue;
+      insert_cand(top, k, {v, static_cast<int32_t>(base + i + j)});
+      bar = top[k - 1].v > bar ? top[k - 1].v : bar;
+    }
+    vbar = vset(bar);
   }
 }
 
@@ -65,27 +75,39 @@ UNMASK_INLINE void fold_candidates(const T* x, int n, int64_t base, const float*
 // g <= -ln v with v = (w + 1/2) / 2^32, because -ln(1 - v) >= v. The bits of a float, read as a fixed-point number, are at most its log2
 // (plus 127), so with b = bits(2 float(w >> 1) + 1/2): g <= ln2 (159 - b / 2^23) + slack for the roundings. fma is monotonic, so a
 // score never exceeds fma(T, bound, x).
+UNMASK_INLINE vf score_bound(const uint32_t* words, vf x, vf temperature) {
+  const vf b = vbits_value(vfma(vload_half(words), vset(2.0f), vset(0.5f)));
+  return vfma(temperature, vfma(b, vset(-0x1.62e430p-24f), vset(159.0f * 0.69314718f + 0.01f)), x);
+}
+
+template <class T>
+UNMASK_INLINE void exact_scores(const T* x, int n, int64_t base, const uint32_t* words, float temperature, Sample* best) {
+  float g[kW], value[kW];
+  for (int l = 0; l < kW; ++l) g[l] = gumbel_from_bits(words[l]);
+  vstore(value, n >= kW ? vload(x) : vload_n(x, n, neg_inf()));
+  for (int l = 0; l < kW; ++l) {
+    const float score = noisy_score(temperature, g[l], value[l]);
+    if (score > best->score) *best = {score, static_cast<int32_t>(base + l), value[l]};
+  }
+}
+
 template <class T>
 UNMASK_INLINE void fold_noise(const T* x, int n, int64_t base, const NoiseKey& key, float temperature, StatsState* st) {
-  const vf scale = vset(-0x1.62e430p-24f), shift = vset(159.0f * 0.69314718f + 0.01f), vt = vset(temperature);
+  const vf vt = vset(temperature);
   Sample best = st->sample;
   vf bar = vset(best.score);
-  uint32_t words[kPhiloxIds];
+  alignas(64) uint32_t words[kPhiloxIds];
   for (int i = 0; i < n; i += kPhiloxIds) {
     philox_words(key, static_cast<uint32_t>((base + i) >> 2), words);
-    for (int j = 0; j < kPhiloxIds && i + j < n; j += kW) {
-      const int left = n - i - j;
+    for (int j = 0; j < kPhiloxIds && i + j < n; j += 2 * kW) {
       const T* xj = x + i + j;
-      const vf v = left >= kW ? vload(xj) : vload_n(xj, left, neg_inf());
-      const vf b = vbits_value(vfma(vload_half(words + j), vset(2.0f), vset(0.5f)));
-      if (__builtin_expect(vgt_mask(vfma(vt, vfma(b, scale, shift), v), bar) == 0, 1)) continue;
-      float g[kW], value[kW];
-      for (int l = 0; l < kW; ++l) g[l] = gumbel_from_bits(words[j + l]);
-      vstore(value, v);
-      for (int l = 0; l < kW; ++l) {
-        const float score = noisy_score(temperature, g[l], value[l]);
-        if (score > best.score) best = {score, static_cast<int32_t>(base + i + j + l), value[l]};
+      const int left = n - i - j;
+      if (left >= 2 * kW) {
+        const vf a = score_bound(words + j, vload(xj), vt), b = score_bound(words + j + kW, vload(xj + kW), vt);
+        if (__builtin_expect(vgt_mask(vmax(a, b), bar) == 0, 1)) continue;
       }
+      exact_scores(xj, left, base + i + j, words + j, temperature, &best);
+      if (left > kW) exact_scores(xj + kW, left - kW, base + i + j + kW, words + j + kW, temperature, &best);
       bar = vset(best.score);
     }
   }
@@ -95,8 +117,8 @@ UNMASK_INLINE void fold_noise(const T* x, int n, int64_t base, const NoiseKey& k
 // ---- one chunk ----------------------------------------------------------------------------------------------------
 template <class T>
 UNMASK_INLINE void fold_wins(const StatsArgs& a, const T* x, int n, int64_t base, const NoiseKey& key, const float* lanes,
-                             StatsState* st) {
-  fold_candidates(x, n, base, lanes, st);
+                             float m, StatsState* st) {
+  fold_candidates(x, n, base, lanes, m, st);
   if (a.temperature > 0.0f) fold_noise(x, n, base, key, a.temperature, st);
 }
 
@@ -104,8 +126,9 @@ template <class T>
 void fold_chunk(const StatsArgs& a, const T* x, int n, int64_t base, const NoiseKey& key, StatsState* st) {
   float lanes[kStep];
   chunk_max(x, n, lanes);
-  fold_sum(chunk_sum_any(x, n, max_of(lanes)), st);
-  fold_wins(a, x, n, base, key, lanes, st);
+  const float m = max_of(lanes);
+  fold_sum(chunk_sum_any(x, n, m), st);
+  fold_wins(a, x, n, base, key, lanes, m, st);
 }
 
 // First element of a sorted list that is >= id.
@@ -170,13 +193,14 @@ void fold(const StatsArgs& a, int64_t entry, int64_t row, int64_t chunk_begin, i
     float scratch[kChunk], lanes[kStep];
     modified_chunk(a, entry, chunk, n, base, scratch);
     chunk_max(scratch, n, lanes);
-    const float m = max_of(lanes);
+    float m = max_of(lanes);
     fold_sum(kEvenOdd<T> ? chunk_sum_any(reinterpret_cast<const EvenOdd*>(scratch), n, m) : chunk_sum_any(scratch, n, m), st);
     if (fb < fe) {  // forbidden ids stay in the sum but cannot win
       for (int64_t j = fb; j < fe; ++j) scratch[a.forbid[j] - base] = neg_inf();
       chunk_max(scratch, n, lanes);
+      m = max_of(lanes);
     }
-    fold_wins(a, scratch, n, base, key, lanes, st);
+    fold_wins(a, scratch, n, base, key, lanes, m, st);
   }
   if (!(a.temperature > 0.0f)) st->sample = {st->top[0].v, st->top[0].id, st->top[0].v};
 }

@@ -94,7 +94,7 @@ def inspect(
     Args:
         folder: holds config.json and model.safetensors, or shards with model.safetensors.index.json.
         family: skip the detection and read it as this family (see `config.FAMILIES`).
-        overrides: ModelConfig fields to replace, e.g. {"mask_id": 5, "eos_ids": (2,)}.
+        overrides: ModelConfig fields to replace, e.g. {"mask_id": 5, "eos_ids": (2,)}, checked like the rest.
     Raises:
         CheckpointError: with all problems of config, files and tensors.
         SettingError: unknown family or override.
@@ -204,7 +204,11 @@ def _read_config(
         problems.append(f"{CONFIG_FILE} is missing or empty")
         return None
     try:
-        config = family_module(family or detect_family(raw)).read_config(raw, generation)
+        module = family_module(family or detect_family(raw))
+        for theirs, passing in (module.OVERRIDABLE[n] for n in overrides if n in module.OVERRIDABLE):
+            raw[theirs] = passing
+            generation.pop(theirs, None)
+        config = module.read_config(raw, generation)
         return replace(config, **overrides).validate()
     except CheckpointError as error:
         problems.extend(f"{CONFIG_FILE}: {problem}" for problem in error.problems)

@@ -31,6 +31,17 @@ CHAT_TEMPLATE = (
 """Used where a checkpoint brings no template of its own; renders as the one shipped with LLaDA-8B-Instruct."""
 BOS_TOKEN = "<|startoftext|>"
 
+OVERRIDABLE = {
+    "mask_id": ("mask_token_id", 0),
+    "eos_ids": ("eos_token_id", []),
+    "pad_id": ("pad_token_id", None),
+    "max_positions": ("max_sequence_length", 1),
+    "rope_theta": ("rope_theta", 1.0),
+    "norm_eps": ("rms_norm_eps", 1e-5),
+}
+"""ModelConfig fields that a caller may give where config.json's field is missing or wrong: that field, and a value that
+passes in its place until the caller's is put in."""
+
 _FIXED: dict[str, tuple[Any, Any]] = {
     "block_type": ("llama", "sequential"),
     "layer_norm_type": ("rms", "default"),

@@ -36,27 +36,55 @@ def _shares(**shares: float) -> dict[str, float]:
     return shares
 
 
-BASE = _shares(
-    add=0.14, sort=0.18, reverse=0.16, close=0.14, json=0.12, function=0.08, pair=0.11, finish=0.13
-)
-BRIEF = _shares(add=0.22, sort=0.29, reverse=0.31, pair=0.18)
-MIDDLE = _shares(add=0.05, sort=0.1, reverse=0.1, pair=0.05, close=0.27, finish=0.28, function=0.15)
-LONG = _shares(
-    add=0.07, sort=0.09, reverse=0.09, pair=0.06, close=0.16, finish=0.16, function=0.13, json=0.24
-)
-
 Kind = tuple[int, int, dict[str, float]]
 """(row length: prompt + canvas, how often in 100 steps, shares of the tasks that fit)."""
-FIRST_STEPS = 500
-FIRST: tuple[Kind, ...] = (
-    (26, 50, {name: share for name, share in BASE.items() if name != "json"}),
-    (32, 28, BASE), (40, 12, BASE), (56, 6, BASE), (72, 4, BASE),
-)  # fmt: skip
-THEN: tuple[Kind, ...] = (
-    (18, 45, BRIEF), (26, 30, MIDDLE), (32, 12, LONG), (40, 6, LONG), (56, 4, LONG), (72, 3, LONG),
-)  # fmt: skip
-"""Rows are mostly as short as their tasks allow, for speed; some are long, so that long canvases work too. The first
-steps use longer rows: what fills a canvas after an answer is learned there."""
+
+
+def _start() -> tuple[Kind, ...]:
+    shares = _shares(
+        add=0.14, sort=0.18, reverse=0.16, close=0.14, json=0.12, function=0.08, pair=0.11, finish=0.13
+    )
+    no_json = {name: share for name, share in shares.items() if name != "json"}
+    return (26, 50, no_json), (32, 28, shares), (40, 12, shares), (56, 6, shares), (72, 4, shares)
+
+
+def _by_length(brief: dict[str, float], middle: dict[str, float], long: dict[str, float]) -> tuple[Kind, ...]:
+    return (18, 45, brief), (26, 30, middle), (32, 12, long), (40, 6, long), (56, 4, long), (72, 3, long)
+
+
+STAGES: tuple[tuple[int, tuple[Kind, ...]], ...] = (
+    (0, _start()),
+    (
+        500,
+        _by_length(
+            _shares(add=0.22, sort=0.29, reverse=0.31, pair=0.18),
+            _shares(add=0.05, sort=0.1, reverse=0.1, pair=0.05, close=0.27, finish=0.28, function=0.15),
+            _shares(
+                add=0.07,
+                sort=0.09,
+                reverse=0.09,
+                pair=0.06,
+                close=0.16,
+                finish=0.16,
+                function=0.13,
+                json=0.24,
+            ),
+        ),
+    ),
+    (
+        1500,
+        _by_length(
+            _shares(add=0.38, sort=0.13, reverse=0.27, pair=0.22),
+            _shares(add=0.15, sort=0.05, reverse=0.14, pair=0.1, close=0.08, finish=0.32, function=0.16),
+            _shares(
+                add=0.1, sort=0.06, reverse=0.1, pair=0.08, close=0.08, finish=0.17, function=0.14, json=0.27
+            ),
+        ),
+    ),
+)
+"""(from step, kinds of rows). Rows are mostly as short as their tasks allow, for speed; some are long, so that long
+canvases work too. The first steps use longer rows: what fills a canvas after an answer is learned there. Closing
+brackets and sorting are learned first, adding last: later stages move shares accordingly."""
 TAIL_WEIGHT = 0.1
 """Loss weight of the EOS tokens after the first: trivial to learn, and most of the canvas."""
 
@@ -77,7 +105,7 @@ def make_batch(tokenizer: Tokenizer, seed: int, step: int, rows: int) -> Batch:
     of those): decoding commits the tail early, so a known tail with an unknown answer is what the model meets most.
     """
     rng = random.Random(f"{seed} step {step}")
-    kinds = FIRST if step < FIRST_STEPS else THEN
+    kinds = next(kinds for begin, kinds in reversed(STAGES) if step >= begin)
     length, _, shares = rng.choices(kinds, [often for _, often, _ in kinds])[0]
     examples = training_examples(rows, rng, shares)
     mask_id, eos_id = tokenizer.token_to_id(MASK), tokenizer.token_to_id(EOS)
