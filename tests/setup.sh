@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Builds unmask into .venv of this repository (nothing outside is touched) and leaves it importable there with all test tools.
-# Quick when nothing changed. UNMASK_TORCH names the torch to install if none is there, e.g.
-#   UNMASK_TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# Quick when nothing changed. UNMASK_TORCH names the torch to install if none is there (default torch==2.13.0), with any pip options.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from native import native
 from stats_cases import DTYPES, arguments, assert_same, call
 

@@ -3,100 +3,43 @@
 // Bytes: K and V of a row once per work item, 2 n D elements; Q and out once. FLOPs: 4 rows n D. With 32 packed rows that is 16 (fp32)
 // or 32 (bf16) FLOP per byte, beyond the ridge of a CPU core: the design is about keeping the FMA units busy.
 // Work split: batch entry x kv head x tile of packed rows (tokens x the heads of the group, so K and V are read once per group)
-// x splits of 2,048 keys. Inside an item: key tiles of kTile outer, panels of 32 rows (AVX-512) inner. Per panel and tile:
+// x splits of 2,048 keys. Inside an item: key tiles of kTile outer, panels of kPanel rows inner. Per panel and tile:
 //   S^T = K Q^T (lanes = rows, so the softmax has no horizontal step), running max and sum, P = 2^(S - m), O = alpha O + P V.
-// K is read where it lies when it is fp32 (or bf16 with the native dot product), dense in d and evenly spaced; otherwise a block of
-// keys is widened or gathered into scratch when the first panel needs it, and the other panels reuse it. V likewise.
-// m starts at -inf and is used as max(m, -FLT_MAX), so a row that has seen nothing stays m = -inf, l = 0, without any NaN.
+// K is read where it lies when its cells are there (fp32; bf16 with the native dot product), dense in d and evenly spaced; otherwise a
+// block of keys is widened or gathered into scratch when the first panel needs it, and the other panels reuse it. V likewise.
+// With one panel the scratch block is reused at once, so that it never leaves L1. The first panel prefetches the next tile into L2.
 #include <math.h>
 #include <stddef.h>
 
 #include "cpu/block_attention_kernels.h"
 #include "cpu/kernels/block_attention_micro.h"
 #include "cpu/kernels/block_attention_pack.h"
+#include "cpu/kernels/block_attention_state.h"
 
 namespace unmask::cpu::UNMASK_ISA_NS {
 namespace {
 
-constexpr int kTile = 96;  // keys; a multiple of every kBlock
-constexpr float kLowest = -3.402823466e38f;
 constexpr float kLn2 = 0.693147180559945309f;
 
-UNMASK_INLINE float minus_inf() { return -__builtin_inff(); }
-UNMASK_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-UNMASK_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-UNMASK_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Running (max, sum, unnormalised output) of a row tile, in powers of two.
-struct State {
-  float *m, *l, *o;
-};
-UNMASK_INLINE int64_t padded_dim(int64_t dim) { return round_up(dim, kPanel); }
-UNMASK_INLINE int64_t state_floats(int64_t rows, int64_t dim) { return round_up(rows, kPanel) * (2 + padded_dim(dim)); }
-UNMASK_INLINE State state_at(float* x, int64_t rows) {
-  const int64_t padded = round_up(rows, kPanel);
-  return {x, x + padded, x + 2 * padded};
-}
-
-struct Scratch {
-  float *q, *state, *total, *alpha, *top, *s, *k, *v;
-  int64_t* end;  // per row: how many of the entry's keys it sees before the mask is looked at
-  int64_t floats;
-};
-inline Scratch layout(float* base, int64_t rows, int64_t dim) {
-  const int64_t padded = round_up(rows, kPanel), state = round_up(state_floats(rows, dim), 16);
-  Scratch x;
-  int64_t at = 0;
-  const auto take = [&](int64_t n) { float* p = base + at; at += round_up(n, 16); return p; };
-  x.q = take(padded * dim), x.state = take(state), x.total = take(state), x.alpha = take(padded), x.top = take(kPanel);
-  x.s = take(kTile * kPanel), x.k = take(kTile * dim), x.v = take(kTile * padded_dim(dim));
-  x.end = reinterpret_cast<int64_t*>(take(2 * padded));
-  x.floats = at;
-  return x;
-}
-
-// total = merge(total, part), row by row. Rows that saw nothing in `part` are skipped: their o was never written.
-inline void merge_state(State total, State part, int64_t rows, int64_t dim) {
-  const int64_t ld = padded_dim(dim);
-  for (int64_t r = 0; r < rows; ++r) {
-    if (part.m[r] == minus_inf() && part.l[r] == 0.0f) continue;
-    float* a = total.o + r * ld;
-    const float* b = part.o + r * ld;
-    if (total.m[r] == minus_inf() && total.l[r] == 0.0f) {
-      total.m[r] = part.m[r], total.l[r] = part.l[r];
-      for (int64_t d = 0; d < ld; d += kW) vstore(a + d, vload(b + d));
-      continue;
-    }
-    const float m = part.m[r] > total.m[r] ? part.m[r] : total.m[r];
-    const vf safe = vset(m > kLowest ? m : kLowest);
-    const vf wa = exp2_neg(vsub(vset(total.m[r]), safe)), wb = exp2_neg(vsub(vset(part.m[r]), safe));
-    vf l = Fp32::madd(vset(part.l[r]), wb, vmul(vset(total.l[r]), wa));
-    float lanes[kW];
-    vstore(lanes, l);
-    total.m[r] = m, total.l[r] = lanes[0];
-    for (int64_t d = 0; d < ld; d += kW) vstore(a + d, Fp32::madd(vload(b + d), wb, vmul(vload(a + d), wa)));
-  }
-}
-
-template <class E, class T>
+// LD: cells per key when K is dense and D is 64 or 128, else 0. kOrder: of d in Q, K and V cells (Fp32), of O's columns (both engines).
+template <class E, class T, int LD, Order kOrder>
 class Attention {
  public:
   Attention(const AttentionParams& p, const AttentionEntry& e, const AttentionItem& it, float* scratch)
-      : p_(p), e_(e), it_(it), rows_(it.row_end - it.row_begin), dim_(p.dim), out_dim_(padded_dim(p.dim)),
-        x_(layout(scratch, it.row_end - it.row_begin, p.dim)) {}
+      : p_(p), e_(e), it_(it), rows_(it.row_end - it.row_begin), dim_(p.dim), cells_(p.dim / kPerCell), out_dim_(padded_dim(p.dim)),
+        x_(scratch_at(scratch, it.row_end - it.row_begin, p.dim)) {}
 
-  template <int LD>
   void run() {
     pack_queries();
     visible_ends();
-    if (it_.partial != nullptr) return split<LD>(it_.split_begin, state_at(it_.partial, rows_));
+    if (it_.partial != nullptr) return split(it_.split_begin, state_at(it_.partial, rows_));
     const State state = state_at(x_.state, rows_), total = state_at(x_.total, rows_);
-    split<LD>(it_.split_begin, state);
+    split(it_.split_begin, state);
     if (it_.split_end - it_.split_begin <= 1) return finish(state);
-    clear(total);
+    clear_state(total, rows_);
     merge_state(total, state, rows_, dim_);
     for (int64_t i = it_.split_begin + 1; i < it_.split_end; ++i) {
-      split<LD>(i, state);
+      split(i, state);
       merge_state(total, state, rows_, dim_);
     }
     finish(total);
@@ -112,7 +55,7 @@ class Attention {
       T* y = out + (token * p_.q_heads + head) * dim_;
       const float* o = s.o + r * out_dim_;
       for (int64_t d = 0; d < dim_; d += kW) {
-        const vf value = none ? vset(0.0f) : vmul(output_in_order<E>(o, d), inverse);
+        const vf value = none ? vset(0.0f) : vmul(output_in_order<kOrder>(o, d), inverse);
         if (d + kW <= dim_) vstore(y + d, value);
         else vstore_n(y + d, value, static_cast<int>(dim_ - d));
       }
@@ -121,31 +64,43 @@ class Attention {
   }
 
  private:
+  static constexpr int kPerCell = E::kDot ? 2 : 1;
+  static constexpr bool kCellsInPlace = sizeof(T) * kPerCell == 4;
+  static constexpr Order kInput = E::kDot ? kNatural : kOrder;
+
   const AttentionParams& p_;
   const AttentionEntry& e_;
   const AttentionItem& it_;
-  const int64_t rows_, dim_, out_dim_;
+  const int64_t rows_, dim_, cells_, out_dim_;
   Scratch x_;
   int64_t min_end_ = 0, max_end_ = 0;
   int64_t slot_[kTile];  // cache slots of the tile's keys
 
-  static constexpr int kPerCell = E::kDot ? 2 : 1;
+  int64_t token_of(int64_t r) const { return (it_.row_begin + r) / p_.group; }
 
+  // Q^T panels; floats are scaled here (bf16 pairs cannot be: their scores are). Rows beyond the last are zeros.
   void pack_queries() {
     const T* q = static_cast<const T*>(p_.q);
-    const int64_t cells = dim_ / kPerCell;
-    for (int64_t r = 0; r < round_up(rows_, kPanel); ++r) {
-      float* column = x_.q + r / kPanel * cells * kPanel + r % kPanel;
-      if (r < rows_) {
-        const int64_t row = it_.row_begin + r, token = e_.q_begin + row / p_.group, head = it_.head * p_.group + row % p_.group;
-        pack_query<E>(q + token * p_.q_stride[0] + head * p_.q_stride[1], p_.q_stride[2], dim_, p_.scale, column);
-      } else {
-        for (int64_t c = 0; c < cells; ++c) column[c * kPanel] = 0.0f;
+    const vf scale = vset(p_.scale);
+    for (int64_t panel = 0; panel < rows_; panel += kPanel) {
+      float* rows = x_.total;
+      for (int64_t r = panel; r < panel + kPanel; ++r) {
+        float* row = rows + (r - panel) * cells_;
+        if (r >= rows_) {
+          for (int64_t c = 0; c < cells_; ++c) row[c] = 0.0f;
+          continue;
+        }
+        const int64_t token = e_.q_begin + token_of(r), head = it_.head * p_.group + (it_.row_begin + r) % p_.group;
+        pack_row<E, kInput>(q + token * p_.q_stride[0] + head * p_.q_stride[1], p_.q_stride[2], dim_, row);
+        if constexpr (!E::kDot) {
+          int64_t c = 0;
+          for (; c + kW <= cells_; c += kW) vstore(row + c, vmul(vload(row + c), scale));
+          for (; c < cells_; ++c) row[c] *= p_.scale;
+        }
       }
+      transpose_panel(rows, cells_, x_.q + panel * cells_);
     }
   }
-
-  int64_t token_of(int64_t r) const { return (it_.row_begin + r) / p_.group; }
 
   void visible_ends() {
     min_end_ = max_end_ = e_.keys;
@@ -158,17 +113,15 @@ class Attention {
     }
   }
 
-  bool visible(int64_t r, int64_t key) const {
-    if (p_.q_end != nullptr && key >= x_.end[r]) return false;
+  bool masked_out(int64_t token, int64_t key) const {
     const int64_t column = key - (e_.keys - p_.mask_width);
-    return e_.mask == nullptr || column < 0 || e_.mask[token_of(r) * p_.mask_stride[0] + column * p_.mask_stride[1]] != 0;
+    return e_.mask != nullptr && column >= 0 && e_.mask[token * p_.mask_stride[0] + column * p_.mask_stride[1]] == 0;
+  }
+  bool visible(int64_t r, int64_t key) const {
+    return !(p_.q_end != nullptr && key >= x_.end[r]) && !masked_out(token_of(r), key);
   }
 
-  void clear(State s) const {
-    for (int64_t r = 0; r < round_up(rows_, kPanel); ++r) s.m[r] = minus_inf(), s.l[r] = 0.0f;
-  }
-
-  // Slots of keys [key, key + n) of the joined segments; true if they are evenly spaced (one segment holds them all).
+  // Slots of keys [key, key + n) of the joined segments; true if one segment holds them all.
   bool find_slots(int64_t key, int n) {
     bool one = true;
     int i = 0;
@@ -177,51 +130,30 @@ class Attention {
       if (key >= length) { key -= length; continue; }
       one = i == 0;
       for (; key < length && i < n; ++key) slot_[i++] = start + key;
-      one = one && i == n;
       key = 0;
     }
     return one;
   }
 
-  template <int LD>
   void split(int64_t index, State state) {
-    clear(state);
+    clear_state(state, rows_);
     const int64_t begin = index * kAttentionSplit, end = min64(max_end_, begin + kAttentionSplit);
-    bool first = true;
-    for (int64_t key = begin; key < end; key += kTile) {
-      tile<LD>(key, static_cast<int>(min64(kTile, end - key)), state, first);
-      first = false;
-    }
+    for (int64_t key = begin; key < end; key += kTile) tile(key, static_cast<int>(min64(kTile, end - key)), state, key == begin);
   }
 
-  template <int LD>
   void tile(int64_t key, int n, State state, bool first) {
     const T* k = static_cast<const T*>(p_.k) + e_.row * p_.k_stride[0] + it_.head * p_.k_stride[1];
     const T* v = static_cast<const T*>(p_.v) + e_.row * p_.v_stride[0] + it_.head * p_.v_stride[1];
-    const int64_t cells = dim_ / kPerCell;
     const bool one_run = find_slots(key, n);
-    const bool cells_in_place = sizeof(T) * kPerCell == 4;
-    const bool k_direct = cells_in_place && one_run && p_.k_stride[3] == 1 && (LD == 0 || p_.k_stride[2] == LD * kPerCell) &&
+    const bool k_direct = kCellsInPlace && one_run && p_.k_stride[3] == 1 && (LD == 0 || p_.k_stride[2] == LD * kPerCell) &&
                           p_.k_stride[2] % kPerCell == 0;
     const bool v_direct = sizeof(T) == 4 && one_run && p_.v_stride[3] == 1 && dim_ % kW == 0;
     const bool masked = min_end_ < key + n || (e_.mask != nullptr && key + n > e_.keys - p_.mask_width);
-    bool k_ready = k_direct, v_ready = v_direct;
+    const bool prefetch = one_run && key + kTile < max_end_;
+    bool v_ready = v_direct;
     for (int64_t r = 0; r < rows_; r += kPanel) {
       const int rows = static_cast<int>(min64(kPanel, rows_ - r));
-      const float* q = x_.q + r * cells;
-      for (int i = 0; i < kPanel; ++i) x_.top[i] = minus_inf();
-      for (int j = 0; j < n; j += kBlock) {
-        const int block = n - j < kBlock ? n - j : kBlock;
-        if (!k_ready)
-          for (int i = j; i < j + block; ++i) pack_row<E>(k + slot_[i] * p_.k_stride[2], p_.k_stride[3], dim_, x_.k + i * cells);
-        const char* from = k_direct ? reinterpret_cast<const char*>(k + slot_[j] * p_.k_stride[2])
-                                    : reinterpret_cast<const char*>(x_.k + j * cells);
-        const int64_t ld = k_direct ? p_.k_stride[2] / kPerCell : cells;
-        float* s = x_.s + j * kPanel;
-        if (rows > kW) scores_of<E, kBlock, 2, LD>(block, q, from, ld, static_cast<int>(cells), vset(p_.scale), s, x_.top);
-        else scores_of<E, kBlock, 1, LD>(block, q, from, ld, static_cast<int>(cells), vset(p_.scale), s, x_.top);
-      }
-      k_ready = true;
+      scores(k, r, rows, n, k_direct, prefetch);
       if (masked) mask_scores(r, rows, key, n);
       softmax(r, rows, n, state);
       if (masked && has_nonfinite(v, n)) {
@@ -229,20 +161,54 @@ class Attention {
         v_ready = v_direct;  // scratch was overwritten
         continue;
       }
-      output(v, r, rows, n, state, first, v_direct, v_ready);
+      output(v, r, rows, n, state, first, v_direct, v_ready, prefetch && r == 0);
       v_ready = true;
+    }
+  }
+
+  void scores(const T* k, int64_t r, int rows, int n, bool direct, bool prefetch) {
+    const bool one_panel = rows_ <= kPanel, pack = !direct && r == 0;
+    const int64_t ld = direct ? p_.k_stride[2] / kPerCell : cells_, key_bytes = p_.k_stride[2] * static_cast<int64_t>(sizeof(T));
+    for (int i = 0; i < kPanel; ++i) x_.top[i] = minus_inf();
+    for (int j = 0; j < n; j += kBlock) {
+      const int block = n - j < kBlock ? n - j : kBlock;
+      const char* from = reinterpret_cast<const char*>(k + slot_[j] * p_.k_stride[2]);
+      Prefetch next{reinterpret_cast<uintptr_t>(from), 0};
+      if (prefetch && r == 0) next.at += static_cast<uintptr_t>(kTile * key_bytes), next.step = block * key_bytes / cells_;
+      if (!direct) {
+        float* packed = one_panel ? x_.k : x_.k + j * cells_;
+        if (pack)
+          for (int i = 0; i < block; ++i)
+            pack_row<E, kInput>(k + slot_[j + i] * p_.k_stride[2], p_.k_stride[3], dim_, packed + i * cells_);
+        from = reinterpret_cast<const char*>(packed);
+      }
+      const float* q = x_.q + r * cells_;
+      const int depth = static_cast<int>(cells_);
+      if (rows > kW) scores_of<E, kBlock, 2, LD>(block, q, from, ld, depth, vset(p_.scale), next, x_.s + j * kPanel, x_.top);
+      else scores_of<E, kBlock, 1, LD>(block, q, from, ld, depth, vset(p_.scale), next, x_.s + j * kPanel, x_.top);
     }
   }
 
   // -inf where a row does not see a key; then the maximum anew.
   void mask_scores(int64_t r0, int rows, int64_t key, int n) {
-    for (int i = 0; i < kPanel; ++i) x_.top[i] = minus_inf();
-    for (int j = 0; j < n; ++j) {
-      float* s = x_.s + j * kPanel;
-      for (int i = 0; i < rows; ++i) {
-        if (!visible(r0 + i, key + j)) s[i] = minus_inf();
-        if (s[i] > x_.top[i]) x_.top[i] = s[i];
+    float limit[kPanel] = {0.0f};
+    for (int i = 0; i < rows; ++i)
+      limit[i] = p_.q_end == nullptr ? static_cast<float>(n) : static_cast<float>(max64(0, min64(n, x_.end[r0 + i] - key)));
+    const int from = e_.mask == nullptr ? n : static_cast<int>(max64(0, min64(n, e_.keys - p_.mask_width - key)));
+    for (int i = 0; i < rows; ++i) {
+      const int64_t token = token_of(r0 + i);
+      for (int j = from; j < n; ++j)
+        if (masked_out(token, key + j)) x_.s[j * kPanel + i] = minus_inf();
+    }
+    for (int c = 0; c < kPanel; c += kW) {
+      vf top = vset(minus_inf());
+      const vf lim = vload(limit + c);
+      for (int j = 0; j < n; ++j) {
+        const vf s = keep_below(lim, static_cast<float>(j), vload(x_.s + j * kPanel + c));
+        vstore(x_.s + j * kPanel + c, s);
+        top = vmax(s, top);
       }
+      vstore(x_.top + c, top);
     }
   }
 
@@ -276,55 +242,59 @@ class Attention {
     }
   }
 
-#if defined(UNMASK_ISA_IS_AVX512BF16)
-  // Nearest bf16, kept as a float with a zero low half. P is never negative; a NaN keeps its quiet bit.
-  UNMASK_INLINE vf round_bf16(vf x) {
-    const __m512i u = _mm512_castps_si512(x.v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    __m512i y = _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7FFF));
-    y = _mm512_mask_mov_epi32(y, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
-    return {_mm512_castsi512_ps(_mm512_and_si512(y, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))))};
-  }
-#endif
-
-  // Cells of V columns [d, d + kPanel) for the tile's keys -> x_.v + d * (cells along keys). `skip(i)`: key i counts as zeros.
+  // Cells of V columns [d, d + kPanel) for the tile's keys. `skip(i)`: key i counts as zeros.
   template <class Skip>
   void pack_values(const T* v, int64_t d, int n, float* out, const Skip& skip) const {
     const int columns = static_cast<int>(min64(kPanel, dim_ - d));
-    const auto row = [&](int i) { return i < n && !skip(i) ? v + slot_[i] * p_.v_stride[2] + d * p_.v_stride[3] : nullptr; };
+    const int64_t stride = p_.v_stride[3];
+    const auto row = [&](int i) { return v + slot_[i] * p_.v_stride[2] + d * stride; };
     if constexpr (E::kDot) {
 #if defined(UNMASK_ISA_IS_AVX512BF16)
-      for (int i = 0; i < n; i += 2) pair_rows(row(i), row(i + 1), p_.v_stride[3], columns, out + i / 2 * kPanel);
+      for (int i = 0; i < n; i += 2) {
+        const bf16 *x = skip(i) ? nullptr : row(i), *y = i + 1 >= n || skip(i + 1) ? nullptr : row(i + 1);
+        pair_rows(x, y, stride, columns, out + i / 2 * kPanel);
+      }
 #endif
     } else {
-      for (int i = 0; i < n; ++i) widen(row(i), p_.v_stride[3], columns, kPanel, out + i * kPanel);
+      for (int i = 0; i < n; ++i) {
+        float* to = out + i * kPanel;
+        const int kept = skip(i) ? 0 : columns;
+        if (kept != 0) widen<kInput>(row(i), stride, columns, to);
+        for (int c = kept; c < kPanel; ++c) to[c] = 0.0f;
+      }
     }
   }
 
-  // O = alpha O + P V for rows [r0, r0 + rows) of the panel that starts at row r.
-  void accumulate(const float* v, int64_t v_step, int64_t d, int width, int64_t r, int r0, int rows, int n, State state, bool first) {
+  // O = alpha O + P V for columns [d, d + width) and rows [r0, r1) of the panel that starts at row r.
+  void accumulate(const float* v, int64_t v_step, int64_t d, int64_t r, int r0, int r1, int n, State state, bool first, Prefetch next) {
     const int depth = (n + kPerCell - 1) / kPerCell;
-    for (int i = r0; i < r0 + rows; i += kBlock) {
-      const int block = r0 + rows - i < kBlock ? r0 + rows - i : kBlock;
+    const bool wide = E::kDot || dim_ - d > kW;
+    for (int i = r0; i < r1; i += kBlock) {
+      const int block = r1 - i < kBlock ? r1 - i : kBlock;
       float* o = state.o + (r + i) * out_dim_ + d;
       const float* alpha = x_.alpha + r + i;
-      if (width > kW) outputs_of<E, kBlock, 2>(block, x_.s + i, v, v_step, depth, alpha, first, o, out_dim_);
-      else outputs_of<E, kBlock, 1>(block, x_.s + i, v, v_step, depth, alpha, first, o, out_dim_);
+      if (wide) outputs_of<E, kBlock, 2>(block, x_.s + i, v, v_step, depth, alpha, first, next, o, out_dim_);
+      else outputs_of<E, kBlock, 1>(block, x_.s + i, v, v_step, depth, alpha, first, next, o, out_dim_);
+      next.at += static_cast<uintptr_t>(next.step * depth);
     }
   }
 
-  int width_at(int64_t d) const { return E::kDot ? kPanel : static_cast<int>(min64(kPanel, dim_ - d)); }
-
-  void output(const T* v, int64_t r, int rows, int n, State state, bool first, bool direct, bool ready) {
-    const int64_t key_cells = (n + kPerCell - 1) / kPerCell;
+  void output(const T* v, int64_t r, int rows, int n, State state, bool first, bool direct, bool ready, bool prefetch) {
+    const int64_t key_cells = (n + kPerCell - 1) / kPerCell, key_bytes = p_.v_stride[2] * static_cast<int64_t>(sizeof(T));
+    const int64_t blocks = (dim_ + kPanel - 1) / kPanel * ((rows + kBlock - 1) / kBlock), bytes = n * key_bytes / blocks;
+    const uintptr_t tile = reinterpret_cast<uintptr_t>(v + slot_[0] * p_.v_stride[2]);
+    Prefetch next{tile, 0};
+    if (prefetch) next.at += static_cast<uintptr_t>(kTile * key_bytes), next.step = bytes / key_cells;
     for (int64_t d = 0; d < dim_; d += kPanel) {
       if (direct) {
         const float* from = reinterpret_cast<const float*>(v + slot_[0] * p_.v_stride[2] + d);
-        accumulate(from, p_.v_stride[2], d, width_at(d), r, 0, rows, n, state, first);
+        accumulate(from, p_.v_stride[2], d, r, 0, rows, n, state, first, next);
       } else {
-        float* to = x_.v + d * key_cells;
+        float* to = rows_ <= kPanel ? x_.v : x_.v + d * key_cells;
         if (!ready) pack_values(v, d, n, to, [](int) { return false; });
-        accumulate(to, kPanel, d, width_at(d), r, 0, rows, n, state, first);
+        accumulate(to, kPanel, d, r, 0, rows, n, state, first, next);
       }
+      if (prefetch) next.at += static_cast<uintptr_t>(n * key_bytes * kPanel / dim_);
     }
   }
 
@@ -337,51 +307,61 @@ class Attention {
   // The tile holds a NaN or an infinity in V and keys that some rows do not see: 0 * NaN must not reach those rows. Row by row, with the
   // values of unseen keys replaced by zeros.
   void careful_output(const T* v, int64_t r, int rows, int64_t key, int n, State state, bool first) {
+    const Prefetch none{reinterpret_cast<uintptr_t>(v), 0};
     for (int i = 0; i < rows; ++i)
       for (int64_t d = 0; d < dim_; d += kPanel) {
         pack_values(v, d, n, x_.v, [&](int j) { return !visible(r + i, key + j); });
-        accumulate(x_.v, kPanel, d, width_at(d), r, i, 1, n, state, first);
+        accumulate(x_.v, kPanel, d, r, i, i + 1, n, state, first, none);
       }
   }
+
+#if defined(UNMASK_ISA_IS_AVX512BF16)
+  // Nearest bf16, kept as a float with a zero low half. P is never negative; NaN becomes the quiet one.
+  UNMASK_INLINE vf round_bf16(vf x) {
+    const __m512i u = _mm512_castps_si512(x.v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i y = _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7FFF));
+    y = _mm512_mask_mov_epi32(y, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
+    return {_mm512_castsi512_ps(_mm512_and_si512(y, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))))};
+  }
+#endif
 };
 
-template <class E, class T>
-inline void run_item(const AttentionParams& p, const AttentionEntry& e, const AttentionItem& it, float* scratch) {
-  Attention<E, T> attention(p, e, it, scratch);
+// Calls f(Attention) for the dtype, the head dim and the order of d that the two imply.
+template <class E, class T, Order order, class F>
+inline void with_dim(const AttentionParams& p, const AttentionEntry& e, const AttentionItem& it, float* scratch, const F& f) {
   constexpr int kPerCell = E::kDot ? 2 : 1;
-  if (p.dim == 128) attention.template run<128 / kPerCell>();
-  else if (p.dim == 64) attention.template run<64 / kPerCell>();
-  else attention.template run<0>();
+  if (p.dim == 128) f(Attention<E, T, 128 / kPerCell, order>(p, e, it, scratch));
+  else if (p.dim == 64) f(Attention<E, T, 64 / kPerCell, order>(p, e, it, scratch));
+  else f(Attention<E, T, 0, order>(p, e, it, scratch));
 }
-
-template <class E, class T>
-inline void run_merge(const AttentionParams& p, const AttentionEntry& e, const AttentionItem& it, int64_t count) {
-  const int64_t rows = it.row_end - it.row_begin, step = state_floats(rows, p.dim);
-  for (int64_t i = 1; i < count; ++i) merge_state(state_at(it.partial, rows), state_at(it.partial + i * step, rows), rows, p.dim);
-  Attention<E, T>(p, e, it, nullptr).finish(state_at(it.partial, rows));
+template <class F>
+inline void with_attention(const AttentionParams& p, const AttentionEntry& e, const AttentionItem& it, float* scratch, const F& f) {
+  if (p.dtype == 0) return with_dim<Fp32, float, kNatural>(p, e, it, scratch, f);
+  if (p.dtype == 2) return with_dim<Fp32, fp16, kNatural>(p, e, it, scratch, f);
+#if defined(UNMASK_ISA_IS_AVX512BF16)
+  with_dim<Bf16Dot, bf16, kUnpack>(p, e, it, scratch, f);
+#else
+#if !defined(UNMASK_PORTABLE)
+  if (p.dim % kPanel == 0) return with_dim<Fp32, bf16, kEvenOdd>(p, e, it, scratch, f);
+#endif
+  with_dim<Fp32, bf16, kNatural>(p, e, it, scratch, f);
+#endif
 }
 
 }  // namespace
 
-int64_t block_attention_scratch(const AttentionParams& p, int64_t rows) { return layout(nullptr, rows, p.dim).floats; }
+int64_t block_attention_scratch(const AttentionParams& p, int64_t rows) { return scratch_at(nullptr, rows, p.dim).floats; }
 int64_t block_attention_partial(const AttentionParams& p, int64_t rows) { return state_floats(rows, p.dim); }
 
-#if defined(UNMASK_ISA_IS_AVX512BF16)
-using Bf16Engine = Bf16Dot;
-#else
-using Bf16Engine = Fp32;
-#endif
-
 void block_attention_item(const AttentionParams& p, const AttentionEntry& e, const AttentionItem& it, float* scratch) {
-  if (p.dtype == 0) run_item<Fp32, float>(p, e, it, scratch);
-  else if (p.dtype == 1) run_item<Bf16Engine, bf16>(p, e, it, scratch);
-  else run_item<Fp32, fp16>(p, e, it, scratch);
+  with_attention(p, e, it, scratch, [](auto attention) { attention.run(); });
 }
 
 void block_attention_merge(const AttentionParams& p, const AttentionEntry& e, const AttentionItem& it, int64_t count) {
-  if (p.dtype == 0) run_merge<Fp32, float>(p, e, it, count);
-  else if (p.dtype == 1) run_merge<Bf16Engine, bf16>(p, e, it, count);
-  else run_merge<Fp32, fp16>(p, e, it, count);
+  const int64_t rows = it.row_end - it.row_begin, step = state_floats(rows, p.dim);
+  const State total = state_at(it.partial, rows);
+  for (int64_t i = 1; i < count; ++i) merge_state(total, state_at(it.partial + i * step, rows), rows, p.dim);
+  with_attention(p, e, it, nullptr, [&](auto attention) { attention.finish(total); });
 }
 
 }  // namespace unmask::cpu::UNMASK_ISA_NS

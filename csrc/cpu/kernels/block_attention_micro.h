@@ -15,6 +15,8 @@
 namespace unmask::cpu::UNMASK_ISA_NS {
 namespace {
 
+#define UNMASK_INLINE_MEMBER inline __attribute__((always_inline))
+
 constexpr int kPanel = 2 * kW;
 #if defined(UNMASK_AVX512)
 constexpr int kBlock = 12;  // 12 x 2 accumulators + 2 loads + 1 broadcast of 32 registers
@@ -25,6 +27,13 @@ constexpr int kBlock = 4;
 #endif
 
 UNMASK_INLINE vf load_cell(const char* p) { float f; __builtin_memcpy(&f, p, 4); return vset(f); }
+
+// Addresses to bring into L2 while a block computes: the same keys of the next tile. Never dereferenced, may point anywhere.
+struct Prefetch {
+  uintptr_t at;
+  int64_t step;  // bytes per iteration
+  UNMASK_INLINE_MEMBER void go() { __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2); at += static_cast<uintptr_t>(step); }
+};
 
 struct Fp32 {
   static constexpr bool kDot = false;
@@ -56,9 +65,9 @@ struct Bf16Dot {
 #endif
 
 // S^T block: MR keys x NV row vectors. q: [depth][kPanel]; k: the first key's cells, keys `ld` cells apart (LD when it is known);
-// s: [MR][kPanel]; top: running maximum over keys, per row. NaN scores do not enter it.
+// s: [MR][kPanel]; top: running maximum over keys, per row. NaN scores do not enter it. `next` advances by next.step per iteration.
 template <class E, int MR, int NV, int LD>
-UNMASK_INLINE void score_block(const float* q, const char* k, int64_t ld, int depth, vf scale, float* s, float* top) {
+UNMASK_INLINE void score_block(const float* q, const char* k, int64_t ld, int depth, vf scale, Prefetch next, float* s, float* top) {
   const int64_t step = 4 * (LD ? LD : ld);
   vf acc[MR][NV];
 #pragma GCC unroll 16
@@ -67,6 +76,7 @@ UNMASK_INLINE void score_block(const float* q, const char* k, int64_t ld, int de
     for (int v = 0; v < NV; ++v) acc[i][v] = vset(0.0f);
 #pragma GCC unroll 2
   for (int c = 0; c < depth; ++c) {
+    next.go();
     vf b[NV];
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) b[v] = vload(q + c * kPanel + v * kW);
@@ -93,8 +103,8 @@ UNMASK_INLINE void score_block(const float* q, const char* k, int64_t ld, int de
 // O block: MR rows x NV vectors of d. o = (first ? 0 : alpha[row] * o) + sum over `depth` cells of p[c][row] * v[c][d].
 // p: first row of the block, cells kPanel apart; v: [depth] cells `v_step` floats apart; o: rows `ld` floats apart.
 template <class E, int MR, int NV>
-UNMASK_INLINE void output_block(const float* p, const float* v, int64_t v_step, int depth, const float* alpha, bool first, float* o,
-                                int64_t ld) {
+UNMASK_INLINE void output_block(const float* p, const float* v, int64_t v_step, int depth, const float* alpha, bool first,
+                                Prefetch next, float* o, int64_t ld) {
   vf acc[MR][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
@@ -102,6 +112,7 @@ UNMASK_INLINE void output_block(const float* p, const float* v, int64_t v_step, 
     for (int x = 0; x < NV; ++x) acc[i][x] = first ? vset(0.0f) : vmul(vload(o + i * ld + x * kW), vset(alpha[i]));
 #pragma GCC unroll 2
   for (int c = 0; c < depth; ++c) {
+    next.go();
     vf b[NV];
 #pragma GCC unroll 2
     for (int x = 0; x < NV; ++x) b[x] = vload(v + x * kW);
@@ -122,19 +133,32 @@ UNMASK_INLINE void output_block(const float* p, const float* v, int64_t v_step, 
 
 // The same for n <= MR keys or rows.
 template <class E, int MR, int NV, int LD>
-inline void scores_of(int n, const float* q, const char* k, int64_t ld, int depth, vf scale, float* s, float* top) {
+inline void scores_of(int n, const float* q, const char* k, int64_t ld, int depth, vf scale, Prefetch next, float* s, float* top) {
   if constexpr (MR > 1) {
-    if (n < MR) return scores_of<E, MR - 1, NV, LD>(n, q, k, ld, depth, scale, s, top);
+    if (n < MR) return scores_of<E, MR - 1, NV, LD>(n, q, k, ld, depth, scale, next, s, top);
   }
-  score_block<E, MR, NV, LD>(q, k, ld, depth, scale, s, top);
+  score_block<E, MR, NV, LD>(q, k, ld, depth, scale, next, s, top);
 }
 template <class E, int MR, int NV>
-inline void outputs_of(int n, const float* p, const float* v, int64_t v_step, int depth, const float* alpha, bool first, float* o,
-                       int64_t ld) {
+inline void outputs_of(int n, const float* p, const float* v, int64_t v_step, int depth, const float* alpha, bool first, Prefetch next,
+                       float* o, int64_t ld) {
   if constexpr (MR > 1) {
-    if (n < MR) return outputs_of<E, MR - 1, NV>(n, p, v, v_step, depth, alpha, first, o, ld);
+    if (n < MR) return outputs_of<E, MR - 1, NV>(n, p, v, v_step, depth, alpha, first, next, o, ld);
   }
-  output_block<E, MR, NV>(p, v, v_step, depth, alpha, first, o, ld);
+  output_block<E, MR, NV>(p, v, v_step, depth, alpha, first, next, o, ld);
+}
+
+// x where limit > j, else -inf, per lane.
+UNMASK_INLINE vf keep_below(vf limit, float j, vf x) {
+#if defined(UNMASK_AVX512)
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), _mm512_cmp_ps_mask(limit.v, _mm512_set1_ps(j), _CMP_GT_OQ), x.v)};
+#elif defined(UNMASK_AVX2)
+  return {_mm256_blendv_ps(_mm256_set1_ps(-__builtin_inff()), x.v, _mm256_cmp_ps(limit.v, _mm256_set1_ps(j), _CMP_GT_OQ))};
+#else
+  vf r;
+  for (int i = 0; i < kW; ++i) r.v[i] = limit.v[i] > j ? x.v[i] : -__builtin_inff();
+  return r;
+#endif
 }
 
 // 2^y for y <= 0. y = n + r with n = round(y): 2^r by the polynomial with the least relative error on [-1/2, 1/2] and constant term 1
