@@ -167,11 +167,14 @@ def _canvas(prompt, steps, gen_length, block_length, mask_id):
 
 
 @torch.no_grad()
-def llada_generate(model, prompt, steps, gen_length, block_length, mask_id):
-    """LLaDA's own loop (low-confidence remasking, temperature 0, no CFG): a full forward per step -> (canvas [1, L], forwards)."""
+def llada_generate(model, prompt, steps, gen_length, block_length, mask_id, only_blocks=None):
+    """LLaDA's own loop (low-confidence remasking, temperature 0, no CFG): a full forward per step -> (canvas [1, L], forwards).
+
+    only_blocks: end after so many blocks (for timing: every block of this loop costs the same).
+    """
     x, blocks, steps = _canvas(prompt, steps, gen_length, block_length, mask_id)
     before = model.calls
-    for start, end in blocks:
+    for start, end in blocks[:only_blocks]:
         quota = quotas((x[:, start:end] == mask_id).sum(1), steps)
         for i in range(steps):
             mask_index = x == mask_id
@@ -183,11 +186,11 @@ def llada_generate(model, prompt, steps, gen_length, block_length, mask_id):
 
 
 @torch.no_grad()
-def generate(model, prompt, steps, gen_length, block_length, mask_id, threshold=None):
+def generate(model, prompt, steps, gen_length, block_length, mask_id, threshold=None, only_blocks=None):
     """Fast-dLLM without a cache: a full forward per step, a block ends when it has no masks -> (canvas [1, L], forwards)."""
     x, blocks, steps = _canvas(prompt, steps, gen_length, block_length, mask_id)
     before = model.calls
-    for start, end in blocks:
+    for start, end in blocks[:only_blocks]:
         quota = quotas((x[:, start:end] == mask_id).sum(1), steps)
         i = 0
         while True:

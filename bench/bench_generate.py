@@ -4,8 +4,9 @@ LLaDA layout d 512, 8 layers, 8 heads, ffn 1536, vocabulary 126464, random weigh
 fp32 and bf16; no cache, prefix cache, dual cache. The baseline is baseline_llada.py (checked against the authors' recorded runs by
 tests/test_bench_baseline.py). Also: 8 equal prompts as one batch against one at a time, and the time the GEMMs alone take.
 
-    python bench/bench_generate.py             # everything, about half an hour on 2 cores
-    python bench/bench_generate.py --quick     # one block of 32 tokens instead of four
+    python bench/bench_generate.py                   # everything, about 40 minutes on 2 cores
+    python bench/bench_generate.py --first-block     # the runs without a cache, 3/4 of that time, are cut to a quarter
+    python bench/bench_generate.py --quick           # one block of 32 tokens instead of four
     python bench/bench_generate.py --dtype bf16 --cache dual --merge   # one case; the rest of today's results file is kept
 """
 
@@ -17,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import baseline_llada
@@ -39,27 +40,38 @@ BLOCK, PROMPT, BATCH = 32, 128, 8
 
 def save_checkpoint(folder: Path, config: dict, weights: dict[str, torch.Tensor]) -> None:
     """A checkpoint folder without a tokenizer: prompts are token ids."""
-    (folder / "config.json").write_text(json.dumps(config))
     save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 class Bench:
-    """The model in both implementations, one prompt, and the work of one run."""
+    """The model in both implementations, one prompt, and the work of one run.
 
-    def __init__(self, folder: Path, weights: dict[str, torch.Tensor], config: dict, dtype: str, new_tokens: int):
-        self.config, self.new_tokens = config, new_tokens
+    first_block: without a cache, run the first of the blocks only (each costs the same: a full forward per step).
+    """
+
+    def __init__(self, folder: Path, config: dict, dtype: str, new_tokens: int, first_block: bool):
+        self.config, self.new_tokens, self.first_block = config, new_tokens, first_block
         self.model = unmask.load(folder, dtype=DTYPES[dtype])
-        self.baseline = baseline_llada.Llada(config, weights, DTYPES[dtype])
+        self.baseline = baseline_llada.Llada(config, load_file(folder / "model.safetensors"), DTYPES[dtype])
         generator = torch.Generator().manual_seed(1)
         self.prompt = torch.randint(0, config["eos_token_id"], (PROMPT,), generator=generator).tolist()
         self.results: dict[str, tuple[list[int], int]] = {}
 
+    def share(self, cache: str) -> int:
+        """How many times the timed part fits into a whole run."""
+        return self.new_tokens // BLOCK if cache == "none" and self.first_block else 1
+
     def ours(self, cache: str, rows: int = 1):
         prompt = self.prompt if rows == 1 else [self.prompt] * rows
-        made = unmask.generate(
-            self.model, prompt, max_new_tokens=self.new_tokens, steps=self.new_tokens, block_size=BLOCK, policy="quota", cache=cache,
-            eos_stop=False,
-        )  # fmt: skip
+        settings = dict(max_new_tokens=self.new_tokens, steps=self.new_tokens, block_size=BLOCK, policy="quota", cache=cache, eos_stop=False)
+        if self.share(cache) > 1:
+            for event in unmask.stream(self.model, prompt, **settings):
+                if event.kind == "commit" and event.masks_left == 0:
+                    break
+            self.results[f"ours {cache} {rows}"] = (event.canvas, BLOCK)
+            return
+        made = unmask.generate(self.model, prompt, **settings)
         first = made if rows == 1 else made[0]
         self.results[f"ours {cache} {rows}"] = (first.canvas, first.nfe)
         if rows > 1 and any(r.canvas != first.canvas for r in made):
@@ -67,9 +79,9 @@ class Bench:
 
     def theirs(self, name: str):
         loop = baseline_llada.llada_generate if name == "llada" else baseline_llada.LOOPS[name]
-        canvas, nfe = loop(
-            self.baseline, torch.tensor([self.prompt]), self.new_tokens, self.new_tokens, BLOCK, self.config["mask_token_id"]
-        )
+        only = dict(only_blocks=1) if name in ("llada", "none") and self.first_block else {}
+        prompt, mask_id = torch.tensor([self.prompt]), self.config["mask_token_id"]
+        canvas, nfe = loop(self.baseline, prompt, self.new_tokens, self.new_tokens, BLOCK, mask_id, **only)
         self.results[f"theirs {name}"] = (canvas[0].tolist(), nfe)
 
     def compare(self, cache: str) -> dict[str, object]:
@@ -95,6 +107,7 @@ def run_case(bench: Bench, dtype: str, cache: str, rounds: int, floor: float, fm
         fns["llada"] = lambda: bench.theirs("llada")
     bench.ours(cache)  # allocator and packed formats warm; the baseline has none of either
     times = timing.measure(fns, rounds=rounds, min_time=0, min_samples=1, sample_time=0, warmup=0, progress=progress)
+    times = {name: t * bench.share(cache) for name, t in times.items()}
     ratio, n = times["baseline"] / times["ours"], bench.new_tokens
     row = {
         "dtype": dtype, "cache": cache, "ours s": times["ours"], "baseline s": times["baseline"], "ratio": ratio,
@@ -102,7 +115,9 @@ def run_case(bench: Bench, dtype: str, cache: str, rounds: int, floor: float, fm
         "GEMM floor s": floor, "ours / floor": times["ours"] / floor, "wanted floor": WANTED_FLOOR if cache == "dual" else "",
         "floor format": fmt, "our format": bench.model.format,
     }  # fmt: skip
-    row |= bench.compare(cache)
+    row |= bench.compare(cache) | {"rounds": rounds}
+    if bench.share(cache) > 1:
+        row["timed"] = f"first block, times {bench.share(cache)}"
     if "llada" in times:
         row["LLaDA's own loop s"] = times["llada"]
     return row
@@ -152,6 +167,8 @@ def main() -> None:
     parser.add_argument("--cache", nargs="+", choices=("none", "prefix", "dual"), default=["none", "prefix", "dual"])
     parser.add_argument("--rounds", type=int, default=3, help="interleaved runs per case (default 3)")
     parser.add_argument("--batch-cache", nargs="*", choices=("none", "prefix", "dual"), default=["dual"], help="caches of the batch test")
+    parser.add_argument("--first-block", action="store_true", help="without a cache, time the first of the four (equal) blocks and scale")
+    parser.add_argument("--model-dir", type=Path, help="keep the random checkpoint (550 MB) here and use it again")
     parser.add_argument("--no-compare", action="store_true", help="only the batch test")
     parser.add_argument("--merge", action="store_true", help="keep the other cases of today's results file")
     args = parser.parse_args()
@@ -159,18 +176,20 @@ def main() -> None:
     new_tokens = BLOCK if args.quick else 4 * BLOCK
 
     config = baseline_llada.bench_config()
-    print("making weights ...", flush=True)
-    weights = baseline_llada.random_weights(config)
     rows, batches = [], []
     caches = [] if args.no_compare else args.cache
     total = len(args.dtype) * args.rounds * (sum(3 if c == "none" else 2 for c in caches) + 2 * len(args.batch_cache))
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=total, unit="run") as bar:
-        save_checkpoint(Path(folder), config, weights)
+    with tempfile.TemporaryDirectory() as scratch, tqdm(total=total, unit="run") as bar:
+        folder = args.model_dir or Path(scratch)
+        if not (folder / "config.json").is_file():
+            bar.set_description("making weights")
+            folder.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(folder, config, baseline_llada.random_weights(config))
         for dtype in args.dtype:
             bar.set_description(f"{dtype} GEMM floor")
             kinds = {cache: gemm_floor.forwards(cache, PROMPT, new_tokens, BLOCK, new_tokens) for cache in caches}
             floors, formats = gemm_floor.floor(config, DTYPES[dtype], kinds) if kinds else ({}, {})
-            bench = Bench(Path(folder), weights, config, dtype, new_tokens)
+            bench = Bench(folder, config, dtype, new_tokens, args.first_block)
             for cache in caches:
                 progress = Progress(bar, f"{dtype} {cache}")
                 rows.append(run_case(bench, dtype, cache, args.rounds, floors[cache], formats[cache], progress))

@@ -19,7 +19,7 @@ export PATH="$PWD/$venv/bin:$PATH"
 
 # What the package is made of; unchanged since the last install = nothing to do.
 stamp=$(find csrc python CMakeLists.txt pyproject.toml README.md -type f ! -name '*.so' ! -path '*/__pycache__/*' -print0 | sort -z |
-  xargs -0 sha256sum | sha256sum; "$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch"))'; command -v nvcc || true)
+  xargs -0 sha256sum | sha256sum; "$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch"))'; command -v nvcc || true; echo "${CMAKE_ARGS:-}")
 if [ "$stamp" != "$(cat "$venv/unmask.stamp" 2>/dev/null || true)" ]; then
   echo "Building unmask (the first build takes minutes, with nvcc a few more) ..." >&2
   pip --no-build-isolation ".[test]"

@@ -64,3 +64,27 @@ def test_chat_without_a_template_is_refused_or_rendered(model):
     else:
         one = unmask.generate(model, PROMPT, chat=True)
         assert unmask.generate(model, [{"role": "user", "content": PROMPT}], chat=True).text == one.text
+
+
+def test_the_model_serves_in_the_authors_own_loops(model):
+    """model(ids).logits, as their code calls it; one call is one forward."""
+    import torch
+
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    ids = torch.randint(0, 50, (2, 9))
+    logits = model(ids).logits
+    handle.remove()
+    assert logits.shape == (2, 9, model.config.vocab_size) and len(calls) == 1
+    assert torch.equal(logits, model.logits(ids)) and torch.equal(logits[1:], model.logits(ids[1:]))
+    assert model.logits(ids[:0]).shape == (0, 9, model.config.vocab_size)
+    for bad, text in ((ids.float(), "ids must be int64"), (ids[0], r"ids must be int64 \[B, L\]"), (ids + 10**6, "must be in 0")):
+        with pytest.raises(ValueError, match=text):
+            model.logits(bad)
+
+
+def test_load_overrides(model):
+    other = unmask.load("tiny", overrides={"eos_ids": (3,)})
+    assert other.config.eos_ids == (3,)
+    with pytest.raises(unmask.SettingError, match="unknown config override 'mask'"):
+        unmask.load("tiny", overrides={"mask": 3})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from .decode.state import DecodeState, Row
 from .errors import SettingError, check_names
 from .models import checkpoint, hub
 from .models.config import ModelConfig
-from .models.model import Model, build, check_ids
+from .models.model import Model, build
 from .models.tokenizer import Tokenizer
 from .prompts import Prompts, read_canvases, read_prompts
 from .result import Commit, Done, Result, Step
@@ -25,19 +25,28 @@ from .settings import Settings
 
 
 def load(
-    source: str | Path = "tiny", *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu", download: bool = False
+    source: str | Path = "tiny",
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    download: bool = False,
+    revision: str = "main",
+    family: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Model:
     """Loads a checkpoint: a folder, a Hugging Face id or cache path that is already on disk, or "tiny", the embedded model.
 
     source: looked for in that order (folder, Hugging Face cache, embedded); nothing is ever downloaded unless download=True.
     dtype: torch.float32 or torch.bfloat16 (or their names); default: as stored. device: "cpu" (CUDA comes with the next release).
+    revision: which snapshot of a Hugging Face id. family, overrides: read the config as this family, replace fields of it, for example
+    overrides={"mask_id": 126336}, where a checkpoint's own config lacks them.
     Raises ModelNotFound (naming the folders searched), CheckpointError (listing every problem of the files; nothing is partly loaded)
     or SettingError. Only safetensors weights are read; no code of the checkpoint is run.
     """
     kind = _dtype(dtype)
     target = _device(device)
-    folder = hub.resolve(source, download=download)
-    info = checkpoint.inspect(folder)
+    folder = hub.resolve(source, revision=revision, download=download)
+    info = checkpoint.inspect(folder, family, overrides)
     tokenizer = Tokenizer.load(folder, info.config)
     return build(info, tokenizer, str(source), kind, target)
 

@@ -12,7 +12,7 @@ from ..models.model import Model
 from ..ops import LogitStats
 from ..ops.head_stats import head_stats
 from ..ops.linear import pad_rows
-from .state import DecodeState, Row
+from .state import DecodeState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,6 @@ models of more than one layer: a position's K/V depend, from the second layer on
 
 from __future__ import annotations
 
-from ..errors import check_names
-
 CACHES = ("none", "prefix", "dual")
 
 

@@ -120,7 +120,7 @@ class Backbone(torch.nn.Module):
         return hidden
 
 
-def full_forward(ids: torch.Tensor, config: ModelConfig) -> Forward:
+def full_forward(ids: torch.Tensor) -> Forward:
     """Every row of ids [B, L] as one packed, uncached, fully visible forward (K/V slots = positions)."""
     b, length = ids.shape
     t, padded = b * length, pad_rows(b * length)

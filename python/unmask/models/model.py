@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -14,8 +15,17 @@ from .config import ModelConfig
 from .tokenizer import Tokenizer
 
 
+class Logits(NamedTuple):
+    """What `model(ids)` returns: logits [B, L, V], under the name that the authors' loops read."""
+
+    logits: torch.Tensor
+
+
 class Model(torch.nn.Module):
-    """A diffusion LM. Calling it runs one packed forward (`Forward` -> hidden states [T, d_model]); forward hooks count those calls.
+    """A diffusion LM. Every call runs one forward, and forward hooks count those calls.
+
+    The decoder calls it with a packed `Forward` and a K/V cache, and gets hidden states [T, d_model]. Called with token ids [B, L], as
+    the authors' own loops call theirs, it returns an object with `.logits` [B, L, V].
 
     config: ModelConfig. tokenizer: Tokenizer (`available` is False without a tokenizer.json: then only ids can be given). name: where it came from. format: how the
     linear weights are kept (see unmask.ops.linear).
@@ -37,22 +47,28 @@ class Model(torch.nn.Module):
     def new_cache(self, rows: int, slots: int) -> KVCache:
         return KVCache(self.config, rows, slots, self.dtype, self.device)
 
-    def forward(self, f: Forward, cache: KVCache) -> torch.Tensor:
+    def forward(self, f: Forward | torch.Tensor, cache: KVCache | None = None) -> torch.Tensor | Logits:
+        if isinstance(f, torch.Tensor):
+            return Logits(self._logits(f))
+        assert cache is not None, "a packed Forward needs a KVCache"
         return self.backbone(f, cache)
 
-    @torch.inference_mode()
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits of whole sequences: ids int64 [B, L] -> [B, L, V] in the model's dtype, bidirectional, no cache, never shifted.
 
         It materialises [B, L, V]; decoding does not go through here.
         """
+        return self(ids).logits
+
+    @torch.inference_mode()
+    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
         if ids.dim() != 2 or ids.dtype != torch.int64:
             raise ValueError(f"logits: ids must be int64 [B, L], got {ids.dtype} {list(ids.shape)}")
         b, length = ids.shape
         if ids.numel() == 0:
             return torch.empty((b, length, self.config.vocab_size), dtype=self.dtype, device=self.device)
         check_ids(ids, self.config.vocab_size, "logits")
-        hidden = self(full_forward(ids, self.config), self.new_cache(b, length))
+        hidden = self.backbone(full_forward(ids), self.new_cache(b, length))
         return self.head.logits(hidden)[: b * length].view(b, length, -1)
 
     def extra_repr(self) -> str:

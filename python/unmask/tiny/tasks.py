@@ -193,7 +193,7 @@ def draw_finish(rng: random.Random) -> tuple[str, str]:
         height = _height(prefix)
         if height is not None and 2 <= height <= 5:
             break
-    length = height + (2 if height == 5 or rng.random() < 0.8 else 4)
+    length = height + (2 if height == 5 or rng.random() < 0.5 else 4)
     return f"finish {prefix} in {length}", draw_rest(height, length, rng)
 
 

@@ -81,10 +81,27 @@ STAGES: tuple[tuple[int, tuple[Kind, ...]], ...] = (
             ),
         ),
     ),
+    (
+        2000,
+        _by_length(
+            _shares(add=0.3, sort=0.25, reverse=0.23, pair=0.22),
+            _shares(add=0.06, sort=0.07, reverse=0.07, pair=0.15, close=0.04, finish=0.44, function=0.17),
+            _shares(
+                add=0.08,
+                sort=0.08,
+                reverse=0.08,
+                pair=0.12,
+                close=0.05,
+                finish=0.26,
+                function=0.19,
+                json=0.14,
+            ),
+        ),
+    ),
 )
 """(from step, kinds of rows). Rows are mostly as short as their tasks allow, for speed; some are long, so that long
 canvases work too. The first steps use longer rows: what fills a canvas after an answer is learned there. Closing
-brackets and sorting are learned first, adding last: later stages move shares accordingly."""
+brackets and JSON are learned first, adding and the many-answer tasks last: later stages move shares accordingly."""
 TAIL_WEIGHT = 0.1
 """Loss weight of the EOS tokens after the first: trivial to learn, and most of the canvas."""
 
