@@ -188,7 +188,7 @@ def main() -> None:
         for dtype in args.dtype:
             bar.set_description(f"{dtype} GEMM floor")
             kinds = {cache: gemm_floor.forwards(cache, PROMPT, new_tokens, BLOCK, new_tokens) for cache in caches}
-            floors, formats = gemm_floor.floor(config, DTYPES[dtype], kinds) if kinds else ({}, {})
+            floors, formats = gemm_floor.floor(config, DTYPES[dtype], kinds, args.rounds) if kinds else ({}, {})
             bench = Bench(folder, config, dtype, new_tokens, args.first_block)
             for cache in caches:
                 progress = Progress(bar, f"{dtype} {cache}")
@@ -204,10 +204,11 @@ def main() -> None:
         old = previous(name)
         sections = {heading: merged(old.get(heading, []), new) for heading, new in sections.items()}
     sections["Our dual cache against their plain loop"] = crossed(sections["Same cache mode"])
-    rates = timing.ceilings(torch.float32, [(32, 512, config["vocab_size"])])
-    rates_bf16 = timing.ceilings(torch.bfloat16, [(32, 512, config["vocab_size"])])["gemm"]
+    head = [(BLOCK, config["d_model"], config["vocab_size"])]
+    rates = timing.ceilings(torch.float32, head, rounds=args.rounds)
+    rates_bf16 = timing.ceilings(torch.bfloat16, head, rounds=args.rounds)["gemm"] if "bf16" in args.dtype else {}
     notes = [
-        f"prompt {PROMPT}, {new_tokens} new tokens, block {BLOCK}, {new_tokens} fixed steps, median of {args.rounds} interleaved runs",
+        f"prompt {PROMPT}, {new_tokens} new tokens, block {BLOCK}, {new_tokens} fixed steps, median of `rounds` interleaved runs",
         f"read {rates['read']:.1f} GB/s, copy {rates['copy']:.1f} GB/s; GEMM GFLOP/s fp32 {_rates(rates['gemm'])}; bf16 {_rates(rates_bf16)}",
         "GEMM floor: packed oneDNN weights, head on masked rows only, faster of the formats this CPU offers",
         "in fp32 every token must equal the baseline's; in bf16 random weights tie and differing tokens are counted",

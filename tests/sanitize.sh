@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tests/setup.sh
-bash tests/build_variant.sh sanitize -DUNMASK_SANITIZE=address,undefined
+bash tests/build_variant.sh sanitize -DUNMASK_SANITIZE=address,undefined -DCMAKE_CXX_FLAGS_RELEASE=-O1
 export UNMASK_C_LIBRARY=$PWD/build/sanitize/_C.so HYPOTHESIS_PROFILE=brief
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=99 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 if [ $# -eq 0 ]; then set -- tests/test_op_*.py; fi

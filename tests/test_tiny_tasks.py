@@ -27,7 +27,7 @@ FORMS = {
     "close": ("close ([{", "}])"),
     "json": ("json ann is 31 and lives in paris", '{"name": "ann", "age": 31, "city": "paris"}'),
     "function": ("function f adds x and y", "def f(x, y): return x + y"),
-    "pair": ("pair near 32 with sum 66", "32 + 34"),
+    "pair": ("pair near 42 with sum 76", "42 + 34"),
     "finish": ("finish (()( in 4", "()))"),
 }
 
@@ -60,7 +60,7 @@ def test_documented_forms(name: str) -> None:
 def test_split_is_by_the_prompt_alone() -> None:
     for name in TASKS:
         held_out = held_out_examples(name, 60)
-        assert len(held_out) >= 45 and len({e.prompt for e in held_out}) == len(held_out)
+        assert len(held_out) >= 30 and len({e.prompt for e in held_out}) == len(held_out)
         assert all(is_held_out(e.prompt) for e in held_out)
     trained = tasks.training_examples(4000, random.Random(2), dict.fromkeys(TASKS, 1.0))
     assert {e.task for e in trained} == set(TASKS)
@@ -79,13 +79,13 @@ def test_answers_of_python_functions_run() -> None:
 @pytest.mark.parametrize(
     ("request_", "text", "right"),
     [
-        ("pair near 32 with sum 66", "42 + 24", True),
-        ("pair near 32 with sum 66", "37 + 29", True),
-        ("pair near 32 with sum 66", "33 + 33", True),
-        ("pair near 32 with sum 66", "32 + 24", False),
-        ("pair near 32 with sum 66", "56 + 10", False),
-        ("pair near 32 with sum 66", "42 24", False),
-        ("pair near 32 with sum 66", "4 2 + 24", False),
+        ("pair near 42 with sum 76", "52 + 24", True),
+        ("pair near 42 with sum 76", "47 + 29", True),
+        ("pair near 42 with sum 76", "43 + 33", True),
+        ("pair near 42 with sum 76", "42 + 24", False),
+        ("pair near 42 with sum 76", "66 + 10", False),
+        ("pair near 42 with sum 76", "52 24", False),
+        ("pair near 42 with sum 76", "5 2 + 24", False),
     ],
 )
 def test_check_pair(request_: str, text: str, right: bool) -> None:
@@ -117,7 +117,7 @@ def _answers(request: str, rng: random.Random) -> list[str]:
     return [tasks.draw_rest(height, int(fields[3]), rng) for _ in range(600)]
 
 
-@pytest.mark.parametrize("request_", ["pair near 32 with sum 66", "finish (()( in 4", "finish (((( in 6"])
+@pytest.mark.parametrize("request_", ["pair near 42 with sum 76", "finish (()( in 4", "finish (((( in 6"])
 def test_likely_token_everywhere_is_never_an_answer(request_: str) -> None:
     """Each place has a token of probability above 1/2, but those tokens together are wrong: what the tasks are for."""
     check = TASKS[request_.split()[0]].check

@@ -1,13 +1,17 @@
-// fp32 exp and log with a fixed order of fused operations, and the Gumbel noise of the sampling ops. One header for the CPU (every
-// ISA) and CUDA: no libm, no contraction, fma only where written, so equal inputs give equal bits everywhere.
+// fp32 exp and log with a fixed order of fused operations, and the Gumbel noise of the sampling ops. One header for
+// the CPU (every ISA) and CUDA: no libm, no contraction, fma only where written, so equal inputs give equal bits
+// everywhere.
 //
-//   exp_neg(d), d <= 0      2^n (1 + r Q(r)), y = d log2(e) = n + r, |r| <= 1/2; Q: degree 4, |rel error| < 2e-7 (|d| < 10)
-//   log_positive(x)         k ln2 + log1p(f), x = 2^k (1 + f), 1 + f in [sqrt(1/2), sqrt(2)); f + f^2 (f P(f) - 1/2), P: degree 7
+//   exp_neg(d), d <= 0      2^n (1 + r Q(r)), d log2(e) = n + r, |r| <= 1/2; Q: degree 4; |rel error| < 2e-7 (|d| < 10)
+//   log_positive(x)         k ln2 + log1p(f), x = 2^k (1 + f), 1 + f in [sqrt(1/2), sqrt(2));
+//                           log1p(f) = f + f^2 (f P(f) - 1/2), P: degree 7
 //   gumbel_from_bits(w)     -log(E), E = -log(1 - v) an Exp(1) variate, v = (w + 1/2) / 2^32
-// The coefficients are our own weighted minimax fits (Lawson iteration), rounded to fp32. Branch-free, so that loops over lanes vectorise.
+// The coefficients are our own weighted minimax fits (Lawson iteration), rounded to fp32. Branch-free, so that loops
+// over lanes vectorise.
 //
-// Both tails of E keep full relative precision: for w < 2^31 log(1 - v) is taken as log1p(-v), where -v (or 1 - 2v for v > 1 - sqrt(1/2),
-// with k = -1) is exact; for w >= 2^31 the small number is 1 - v = (~w + 1/2) / 2^32 and enters log directly. g lies in [-3.13, 22.88].
+// Both tails of E keep full relative precision: for w < 2^31 log(1 - v) is taken as log1p(-v), where -v (or 1 - 2v for
+// v > 1 - sqrt(1/2), with k = -1) is exact; for w >= 2^31 the small number is 1 - v = (~w + 1/2) / 2^32 and enters log
+// directly. g lies in [-3.13, 22.88].
 #pragma once
 #include <cstdint>
 
@@ -51,8 +55,8 @@ UNMASK_HD uint32_t bits_of_float(float f) {
 #endif
 }
 
-// e^d for d <= 0 (-inf gives 0, exp_neg(0) is exactly 1, NaN stays NaN). n = -127 has scale 0, so the result underflows to 0, not to
-// a subnormal.
+// e^d for d <= 0 (-inf gives 0, exp_neg(0) is exactly 1, NaN stays NaN). n = -127 has scale 0, so the result
+// underflows to 0, not to a subnormal.
 UNMASK_HD float exp_neg(float d) {
   d = kExpMin > d ? kExpMin : d;  // keeps a NaN
   const float z = UNMASK_FMA(d, kLog2e, kRoundMagic);

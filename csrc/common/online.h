@@ -1,12 +1,13 @@
 // The running state of the logit statistics and its merges: plain data, one header for the CPU (every ISA) and CUDA.
 //
-// Work is cut into chunks of kStatsChunk ids. Each chunk yields a shifted triple (m, s, t) over the ids that are in the softmax
+// Work is cut into chunks of kStatsChunk ids. Each chunk yields a shifted triple over the ids that are in the softmax,
 //   m = max x,  s = sum e^(x-m),  t = sum (x-m) e^(x-m)
-// and candidates ordered by (value desc, id asc). Chunks fold into the state strictly left to right from the empty triple, so any tiling
-// at multiples of kStatsChunk gives the same bits as one pass. Then with M = m, S = s, T = t of the whole row
+// and candidates ordered by (value desc, id asc). Chunks fold into the state strictly left to right from the empty
+// triple, so any tiling at multiples of kStatsChunk gives the same bits as one pass. Then with M = m, S = s, T = t of
+// the whole row
 //   logsumexp = M + ln S,  p(x) = e^(x-M) / S,  entropy = ln S - T/S.
-// +inf: M = +inf, S = how many ids sit there, T = 0; the same formulas then give p = 1/k, entropy = ln k, logsumexp = +inf, provided
-// that x - M is taken as 0 where x == M (shifted() below).
+// +inf: M = +inf, S = how many ids sit there, T = 0; the same formulas then give p = 1/k, entropy = ln k, logsumexp =
+// +inf, provided that x - M is taken as 0 where x == M (shifted() below).
 #pragma once
 #include <cstdint>
 

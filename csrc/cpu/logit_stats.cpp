@@ -1,6 +1,6 @@
 // logit_stats / stats_tile / stats_finish: checks, output allocation and the split of the work; the arithmetic is in
-// kernels/logit_stats.cpp. With few rows the chunks of a row run in parallel and fold left to right afterwards; with many rows each
-// thread folds whole rows. Same chunks, same order, same bits.
+// kernels/logit_stats.cpp. With few rows the chunks of a row run in parallel and fold left to right afterwards; with
+// many rows each thread folds whole rows. Same chunks, same order, same bits.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -70,8 +70,8 @@ void prepare(const Checker& check, const Tensor& logits, const StatsArguments& i
 
 int64_t chunks_of(int64_t ids) { return (ids + kStatsChunk - 1) / kStatsChunk; }
 
-// Calls one(entry, fold) for every entry; fold(row, state) folds all ids of that row into *state. Rows run in parallel when there are
-// enough of them, else the chunks of all rows do, first, into states of their own.
+// Calls one(entry, fold) for every entry; fold(row, state) folds all ids of that row into *state. Rows run in parallel
+// when there are enough of them, else the chunks of all rows do, first, into states of their own.
 template <class Row, class One>
 void for_each_entry(const StatsArgs& a, int64_t entries, const Row& row_of, const One& one) {
   const auto fold = UNMASK_KERNEL(stats_fold);

@@ -1,8 +1,9 @@
 // The two streaming passes of logit_stats over one chunk: maximum, then sum of exponentials.
 //
-// Lane order. Pairs of vectors hold 2 kW ids: even ids in the first, odd ids in the second for bf16 (one shift and one mask per pair of
-// vectors instead of two widening loads), first and second half for the other types. A chunk that had to be copied to fp32 is read
-// through EvenOdd if its logits were bf16, so that it is summed in the order, and to the bits, of the chunk in place.
+// Lane order. Pairs of vectors hold 2 kW ids: even ids in the first, odd ids in the second for bf16 (one shift and one
+// mask per pair of vectors instead of two widening loads), first and second half for the other types. A chunk that had
+// to be copied to fp32 is read through EvenOdd if its logits were bf16, so that it is summed in the order, and to the
+// bits, of the chunk in place.
 #pragma once
 #include "common/online.h"
 #include "cpu/vec.h"
@@ -49,8 +50,8 @@ UNMASK_INLINE void load_pair_n(const T* p, int n, vf* a, vf* b) {
   for (int i = 0; i < kPair; ++i) wide[i] = i < n ? p[i] : minus_infinity(p);
   load_pair(wide, a, b);
 }
-// ---- pass 1: lanes[kStep] = maxima of disjoint sets of ids; their maximum is the chunk's ------------------------------
-// NaN: loses, or comes out as a lane that is NaN; pass 2 finds it either way.
+// ---- pass 1: lanes[kStep] = maxima of disjoint sets of ids; their maximum is the chunk's
+// ------------------------------ NaN: loses, or comes out as a lane that is NaN; pass 2 finds it either way.
 template <class T>
 UNMASK_INLINE void chunk_max(const T* x, int n, float* lanes) {
   vf acc[kAcc];
@@ -74,7 +75,8 @@ UNMASK_INLINE void chunk_max(const T* x, int n, float* lanes) {
 }
 
 #if !defined(UNMASK_PORTABLE)
-// 16-bit floats order as 16-bit integers once the low 15 bits of negative ones are flipped: twice the lanes, no widening.
+// 16-bit floats order as 16-bit integers once the low 15 bits of negative ones are flipped: twice the lanes, no
+// widening.
 #if defined(UNMASK_AVX512)
 using vi = __m512i;
 UNMASK_INLINE vi load16(const void* p) { return _mm512_loadu_si512(p); }
@@ -129,9 +131,9 @@ UNMASK_INLINE float max_of(const float* lanes) {
 }
 
 // ---- pass 2 -------------------------------------------------------------------------------------------------------
-// exp_neg of common/noise.h in lanes, for U vectors at once, stage by stage: one vector is a chain of 12 dependent operations, and
-// interleaved in program order the chains keep both ports busy even with half a scheduler (a busy sibling hyperthread).
-// d is clamped, not masked: e is then exactly 0 and so is its share of t.
+// exp_neg of common/noise.h in lanes, for U vectors at once, stage by stage: one vector is a chain of 12 dependent
+// operations, and interleaved in program order the chains keep both ports busy even with half a scheduler (a busy
+// sibling hyperthread). d is clamped, not masked: e is then exactly 0 and so is its share of t.
 #define UNMASK_EACH for (int u = 0; u < U; ++u)
 template <int U>
 UNMASK_INLINE void exp_steps(const vf* x, vf m, vf* s, vf* t) {
@@ -158,30 +160,34 @@ constexpr int kChains = 4;
 constexpr int kChains = 2;  // 16 registers
 #endif
 
-// Meanwhile the next chunk, kStatsChunk ids further, is prefetched: pass 1 of the next chunk then starts with a warm cache.
+// Each accumulator takes 64 terms before it is added to a second one: equal logits would else round the same way up to
+// 1,024 times. Meanwhile the next chunk, kStatsChunk ids further, is prefetched: pass 1 of the next chunk then starts
+// with a warm cache.
 template <class T>
 UNMASK_INLINE SumExp chunk_sum(const T* x, int n, float m) {
   const vf vm = vset(m);
-  vf s[kChains], t[kChains], v[kChains];
-  for (int u = 0; u < kChains; ++u) s[u] = t[u] = vset(0.0f);
+  vf s[kChains], t[kChains], v[kChains], sum = vset(0.0f), tsum = vset(0.0f);
   const char* ahead = reinterpret_cast<const char*>(x) + kStatsChunk * sizeof(T);
   constexpr int kIds = kChains * kW, kBytes = kIds * static_cast<int>(sizeof(T));
-  int i = 0;
-  for (; i + kIds <= n; i += kIds, ahead += kBytes) {
-    for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead + line, 0, 3);
-    for (int u = 0; u < kChains; u += 2) load_pair(x + i + u * kW, &v[u], &v[u + 1]);
-    exp_steps<kChains>(v, vm, s, t);
+  for (int i = 0; i < n;) {
+    const int stop = i + 64 * kIds < n ? i + 64 * kIds : n;
+    for (int u = 0; u < kChains; ++u) s[u] = t[u] = vset(0.0f);
+    for (; i + kIds <= stop; i += kIds, ahead += kBytes) {
+      for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead + line, 0, 3);
+      for (int u = 0; u < kChains; u += 2) load_pair(x + i + u * kW, &v[u], &v[u + 1]);
+      exp_steps<kChains>(v, vm, s, t);
+    }
+    for (; i < stop; i += kPair) {
+      if (i + kPair <= n) load_pair(x + i, &v[0], &v[1]);
+      else load_pair_n(x + i, n - i, &v[0], &v[1]);
+      exp_steps<2>(v, vm, s, t);
+    }
+    for (int u = 0; u < kChains; u += 2) {
+      sum = vadd(sum, vadd(s[u], s[u + 1]));
+      tsum = vadd(tsum, vadd(t[u], t[u + 1]));
+    }
   }
-  for (; i < n; i += kPair) {
-    if (i + kPair <= n) load_pair(x + i, &v[0], &v[1]);
-    else load_pair_n(x + i, n - i, &v[0], &v[1]);
-    exp_steps<2>(v, vm, s, t);
-  }
-  for (int u = 1; u < kChains; ++u) {
-    s[0] = vadd(s[0], s[u]);
-    t[0] = vadd(t[0], t[u]);
-  }
-  return {m, vreduce_add(s[0]), vreduce_add(t[0])};
+  return {m, vreduce_add(sum), vreduce_add(tsum)};
 }
 
 // m is -inf or +inf, or NaN: nothing finite decides. Counts the ids at +inf; a NaN gives s = NaN.

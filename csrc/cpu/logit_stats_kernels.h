@@ -21,7 +21,8 @@ UNMASK_DECLARE_KERNEL(void, stats_fold, const unmask::cpu::StatsArgs& args, int6
                       int64_t chunk_end, unmask::StatsState* state)
 // *into = *into followed by *right (the ids right of it).
 UNMASK_DECLARE_KERNEL(void, stats_merge, unmask::StatsState* into, const unmask::StatsState* right)
-// Logits at the entry's ids that lie in the given range -> out[i * stride]; ids elsewhere are left alone. Returns status bits.
+// Logits at the entry's ids that lie in the given range -> out[i * stride]; ids elsewhere are left alone. Returns
+// status bits.
 UNMASK_DECLARE_KERNEL(int32_t, stats_at_ids, const unmask::cpu::StatsArgs& args, int64_t entry, int64_t row, float* out,
                       int64_t stride)
 // All outputs of one entry from its state.

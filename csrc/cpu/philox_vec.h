@@ -1,14 +1,15 @@
 // Philox words of consecutive token ids, several counters per step. Same integers as philox() in common/philox.h.
-// A counter sits in a 64-bit lane with its 32-bit words in the low halves: one widening multiply per round and side gives (hi, lo),
-// and what is left in the high halves never reaches a result (the multiply and the final packing read low halves only).
+// A counter sits in a 64-bit lane with its 32-bit words in the low halves: one widening multiply per round and side
+// gives (hi, lo), and what is left in the high halves never reaches a result (the multiply and the final packing read
+// low halves only).
 #pragma once
 #include "common/philox.h"
 #include "cpu/vec.h"
 
 namespace unmask::cpu::UNMASK_ISA_NS {
 
-// One entry's key, with everything that does not depend on the id computed once. Counter (c, pos, step, 0): round 0 multiplies only c
-// by something unknown, round 1 only its c2; the other products are constants.
+// One entry's key, with everything that does not depend on the id computed once. Counter (c, pos, step, 0): round 0
+// multiplies only c by something unknown, round 1 only its c2; the other products are constants.
 struct NoiseKey {
   uint64_t seed = 0;
   uint32_t pos = 0, step = 0;

@@ -268,15 +268,10 @@ class Attention {
   // O = alpha O + P V for columns [d, d + width) and rows [r0, r1) of the panel that starts at row r.
   void accumulate(const float* v, int64_t v_step, int64_t d, int64_t r, int r0, int r1, int n, State state, bool first, Prefetch next) {
     const int depth = (n + kPerCell - 1) / kPerCell;
-    const bool wide = E::kDot || dim_ - d > kW;
-    for (int i = r0; i < r1; i += kBlock) {
-      const int block = r1 - i < kBlock ? r1 - i : kBlock;
-      float* o = state.o + (r + i) * out_dim_ + d;
-      const float* alpha = x_.alpha + r + i;
-      if (wide) outputs_of<E, kBlock, 2>(block, x_.s + i, v, v_step, depth, alpha, first, next, o, out_dim_);
-      else outputs_of<E, kBlock, 1>(block, x_.s + i, v, v_step, depth, alpha, first, next, o, out_dim_);
-      next.at += static_cast<uintptr_t>(next.step * depth);
-    }
+    float* o = state.o + (r + r0) * out_dim_ + d;
+    const float *p = x_.s + r0, *alpha = x_.alpha + r + r0;
+    if (E::kDot || dim_ - d > kW) outputs_of<E, kBlock, 2>(r1 - r0, p, v, v_step, depth, alpha, first, next, o, out_dim_);
+    else outputs_of<E, kBlock, 1>(r1 - r0, p, v, v_step, depth, alpha, first, next, o, out_dim_);
   }
 
   void output(const T* v, int64_t r, int rows, int n, State state, bool first, bool direct, bool ready, bool prefetch) {

@@ -131,21 +131,33 @@ UNMASK_INLINE void output_block(const float* p, const float* v, int64_t v_step, 
     for (int x = 0; x < NV; ++x) vstore(o + i * ld + x * kW, acc[i][x]);
 }
 
-// The same for n <= MR keys or rows.
+// The same for any n: blocks of 12, 8, 4, 2, 1 (AVX2: 6, 4, 2, 1), few sizes because each is code of its own.
+constexpr int smaller_block(int rows) { return rows > 8 ? 8 : rows > 4 ? 4 : rows / 2; }
+
 template <class E, int MR, int NV, int LD>
 inline void scores_of(int n, const float* q, const char* k, int64_t ld, int depth, vf scale, Prefetch next, float* s, float* top) {
-  if constexpr (MR > 1) {
-    if (n < MR) return scores_of<E, MR - 1, NV, LD>(n, q, k, ld, depth, scale, next, s, top);
+  for (; n >= MR; n -= MR) {
+    score_block<E, MR, NV, LD>(q, k, ld, depth, scale, next, s, top);
+    k += 4 * MR * ld;
+    s += MR * kPanel;
   }
-  score_block<E, MR, NV, LD>(q, k, ld, depth, scale, next, s, top);
+  if constexpr (MR > 1) {
+    if (n > 0) scores_of<E, smaller_block(MR), NV, LD>(n, q, k, ld, depth, scale, next, s, top);
+  }
 }
 template <class E, int MR, int NV>
 inline void outputs_of(int n, const float* p, const float* v, int64_t v_step, int depth, const float* alpha, bool first, Prefetch next,
                        float* o, int64_t ld) {
-  if constexpr (MR > 1) {
-    if (n < MR) return outputs_of<E, MR - 1, NV>(n, p, v, v_step, depth, alpha, first, next, o, ld);
+  for (; n >= MR; n -= MR) {
+    output_block<E, MR, NV>(p, v, v_step, depth, alpha, first, next, o, ld);
+    next.at += static_cast<uintptr_t>(next.step * depth);
+    p += MR;
+    alpha += MR;
+    o += MR * ld;
   }
-  output_block<E, MR, NV>(p, v, v_step, depth, alpha, first, next, o, ld);
+  if constexpr (MR > 1) {
+    if (n > 0) outputs_of<E, smaller_block(MR), NV>(n, p, v, v_step, depth, alpha, first, next, o, ld);
+  }
 }
 
 // x where limit > j, else -inf, per lane.

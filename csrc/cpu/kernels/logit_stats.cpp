@@ -1,17 +1,17 @@
 // logit_stats on the CPU: token, softmax statistics and top-k of a row of logits, read once from memory.
 //
 // Per chunk of kStatsChunk = 4,096 ids (8 KB bf16, 16 KB fp32: stays in L1/L2), with m the chunk's maximum:
-//   pass 1  acc = max(x, acc) in 4 x kW lanes           1 load, 1 max a vector; NaN loses, on purpose
-//   pass 2  e = exp_neg(x - m), s += e, t += (x - m) e  about 15 vector instructions; a NaN anywhere makes s NaN: no extra check
-//   scan    only if m beats the worst candidate kept so far: lanes above both that and the k-th largest lane maximum are inserted
-//   noise   only if temperature > 0: Philox words, then a bound on the noise that costs 6 instructions; the two logarithms run only for
-//           vectors where the bound could win
-// then the chunk's (m, s, t) merges into the running state. Bytes: V x sizeof(dtype) per row; about 12 FLOP an id. Memory-bound when
-// the rows come from DRAM.
+//   pass 1  lane maxima (logit_stats_chunk.h); a NaN loses, on purpose
+//   pass 2  e = exp_neg(x - m), s += e, t += (x - m) e: 14 vector operations; a NaN anywhere makes s NaN
+//   scan    only if m beats the worst candidate kept so far: ids above both that and the k-th largest lane maximum
+//   noise   only if temperature > 0: Philox words, then a bound on the noise that costs 6 operations; the two logarithms
+//           run only for vectors where the bound could win
+// then the chunk's (m, s, t) merges into the running state. Bytes: V x sizeof(dtype) per row; about 12 FLOP an id.
+// Memory-bound when the rows come from DRAM.
 //
-// Chunks that hold suppressed, biased or forbidden ids, or lie in memory with a column stride, are copied to a 16 KB fp32 scratch first;
-// fp32 holds every bf16 and fp16 value, and the lane of an id depends only on its place in the chunk, so results do not depend on strides,
-// alignment, threads or tiling.
+// Chunks that hold suppressed, biased or forbidden ids, or lie in memory with a column stride, are copied to a 16 KB
+// fp32 scratch first; fp32 holds every bf16 and fp16 value, and the lane of an id depends only on its place in the
+// chunk, so results do not depend on strides, alignment, threads or tiling.
 #include "cpu/logit_stats_kernels.h"
 
 #include "cpu/logit_stats_chunk.h"
@@ -34,8 +34,9 @@ UNMASK_INLINE float below(float x) {
   return bits_to_float(float_to_bits(x) + (x > 0.0f ? 0xFFFFFFFFu : 1u));
 }
 
-// The k-th largest lane maximum is at most the chunk's k-th best value (the lane maxima are different ids; kStep >= kTopMax), so only
-// ids at or above it can enter, and only ids above the k-th kept: one bar for both, `bar < x`. Ties with what is kept lose: ids rise.
+// The k-th largest lane maximum is at most the chunk's k-th best value (the lane maxima are different ids; kStep >=
+// kTopMax), so only ids at or above it can enter, and only ids above the k-th kept: one bar for both, `bar < x`. Ties
+// with what is kept lose: ids rise.
 template <class T>
 UNMASK_INLINE void fold_candidates(const T* x, int n, int64_t base, const float* lanes, float m, StatsState* st) {
   static_assert(kStep >= kTopMax, "the lane maxima must bound the k-th best");
@@ -72,9 +73,9 @@ UNMASK_INLINE void fold_candidates(const T* x, int n, int64_t base, const float*
 }
 
 // ---- noise --------------------------------------------------------------------------------------------------------
-// g <= -ln v with v = (w + 1/2) / 2^32, because -ln(1 - v) >= v. The bits of a float, read as a fixed-point number, are at most its log2
-// (plus 127), so with b = bits(2 float(w >> 1) + 1/2): g <= ln2 (159 - b / 2^23) + slack for the roundings. fma is monotonic, so a
-// score never exceeds fma(T, bound, x).
+// g <= -ln v with v = (w + 1/2) / 2^32, because -ln(1 - v) >= v. The bits of a float, read as a fixed-point number,
+// are at most its log2 (plus 127), so with b = bits(2 float(w >> 1) + 1/2): g <= ln2 (159 - b / 2^23) + slack for the
+// roundings. fma is monotonic, so a score never exceeds fma(T, bound, x).
 UNMASK_INLINE vf score_bound(const uint32_t* words, vf x, vf temperature) {
   const vf b = vbits_value(vfma(vload_half(words), vset(2.0f), vset(0.5f)));
   return vfma(temperature, vfma(b, vset(-0x1.62e430p-24f), vset(159.0f * 0.69314718f + 0.01f)), x);

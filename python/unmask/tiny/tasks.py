@@ -129,15 +129,15 @@ def draw_function(rng: random.Random) -> tuple[str, str]:
 
 
 def draw_pair(rng: random.Random) -> tuple[str, str]:
-    """`pair near 32 with sum 66` -> `42 + 24`, `32 + 34` or `37 + 29`: two numbers with a given sum.
+    """`pair near 42 with sum 76` -> `52 + 24`, `42 + 34` or `47 + 29`: two numbers with a given sum.
 
     A base pair falls short by 10, and one of three things makes up for it, each equally often: ten more on the left,
     ten more on the right, or five more on both. Each digit keeps its base value with probability 2/3, but all of them
-    together are 10 short.
+    together are 10 short. Base tens are even and base ones below 5, so a changed digit can be told by itself.
     """
-    a1, b1 = rng.randint(1, 8), rng.randint(1, 8)
+    a1, b1 = rng.choice("2468"), rng.choice("2468")
     a0, b0 = rng.randint(0, 4), rng.randint(0, 4)
-    a, b = 10 * a1 + a0, 10 * b1 + b0
+    a, b = 10 * int(a1) + a0, 10 * int(b1) + b0
     return f"pair near {a} with sum {a + b + 10}", rng.choice(pair_answers(a, b))
 
 
@@ -185,15 +185,15 @@ def _completions(height: int, length: int) -> int:
 def draw_finish(rng: random.Random) -> tuple[str, str]:
     """`finish (()( in 4` -> `()))`, `)())` or `))()`: balance a string with a given number of brackets.
 
-    All completions are equally likely. With h open brackets and h + 2 to write, each place but the last closes with
-    probability h / (h + 1), but exactly one of them must open.
+    The number is two more than the open brackets. All completions are equally likely: with h open brackets each place
+    but the last closes with probability h / (h + 1), but exactly one of them must open.
     """
     while True:
-        prefix = "(" + "".join(rng.choices("()", weights=(6, 4), k=rng.randint(1, 9)))
+        prefix = "(" + "".join(rng.choices("()", weights=(6, 4), k=rng.randint(1, 11)))
         height = _height(prefix)
         if height is not None and 2 <= height <= 5:
             break
-    length = height + (2 if height == 5 or rng.random() < 0.5 else 4)
+    length = height + 2
     return f"finish {prefix} in {length}", draw_rest(height, length, rng)
 
 

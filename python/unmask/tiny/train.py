@@ -98,6 +98,16 @@ STAGES: tuple[tuple[int, tuple[Kind, ...]], ...] = (
             ),
         ),
     ),
+    (
+        2700,
+        _by_length(
+            _shares(add=0.12, sort=0.27, reverse=0.16, pair=0.45),
+            _shares(add=0.04, sort=0.16, reverse=0.08, pair=0.32, close=0.03, finish=0.12, function=0.25),
+            _shares(
+                add=0.08, sort=0.16, reverse=0.1, pair=0.2, close=0.04, finish=0.1, function=0.22, json=0.1
+            ),
+        ),
+    ),
 )
 """(from step, kinds of rows). Rows are mostly as short as their tasks allow, for speed; some are long, so that long
 canvases work too. The first steps use longer rows: what fills a canvas after an answer is learned there. Closing
