@@ -41,10 +41,11 @@ def _cell(value: object) -> str:
 def write(name: str, title: str, sections: Mapping[str, Iterable[Mapping[str, object]]], notes: Iterable[str] = (), **data) -> Path:
     """Prints and writes results/<name>-<cpu>-<date>.{json,md}; returns the markdown file.
 
-    sections: heading -> table rows. notes: lines under the tables. data: anything else that the JSON should hold.
+    sections: heading -> table rows (a section without rows is left out). notes: lines under the tables. data: anything else that the JSON should hold.
     """
     origin = machine.origin()
     sections = {heading: [dict(row) for row in rows] for heading, rows in sections.items()}
+    sections = {heading: rows for heading, rows in sections.items() if rows}
     text = [f"# {title}", "", _origin_line(origin), ""]
     for heading, rows in sections.items():
         text += [f"## {heading}", "", table(rows), ""]

@@ -9,4 +9,4 @@ bash tests/build_variant.sh sanitize -DUNMASK_SANITIZE=address,undefined -DCMAKE
 export UNMASK_C_LIBRARY=$PWD/build/sanitize/_C.so HYPOTHESIS_PROFILE=brief
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=99 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 if [ $# -eq 0 ]; then set -- tests/test_op_*.py; fi
-LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" exec .venv/bin/python -m pytest -p no:cacheprovider "$@"
+LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" exec .venv/bin/python -m pytest -q -p no:cacheprovider "$@"

@@ -45,14 +45,20 @@ def _check_arguments(q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale,
 def block_attention(
     q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `unmask.ops.block_attention`. Computes in float64 if q is float64, else in float32."""
-    if q.dtype != torch.float64:
-        _check_arguments(q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status)
+    """See `unmask.ops.block_attention`."""
+    _check_arguments(q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status)
+    out, lse = attend(q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status)
+    return out.to(q.dtype), lse
+
+
+def attend(
+    q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status=None, wide=torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op on checked arguments, computed and returned in the dtype `wide`."""
     tokens, heads, _ = q.shape
     rows, kv_heads, slots, _ = k_cache.shape
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.full((tokens, heads), -math.inf, dtype=torch.float32, device=q.device)
+    out = torch.zeros(q.shape, dtype=wide, device=q.device)
+    lse = torch.full((tokens, heads), -math.inf, dtype=wide, device=q.device)
     reached = 0  # the highest offset so far
     for b in range(kv_row.shape[0]):
         begin, end, row = int(cu_q[b]), int(cu_q[b + 1]), int(kv_row[b])
@@ -75,11 +81,11 @@ def block_attention(
         for t in range(begin, end):
             seen = _visible(len(index), t, begin, b, q_end, mask)
             score = scale * torch.einsum("hd,hnd->hn", q[t].to(wide), key[:, seen])
-            lse[t] = torch.logsumexp(score, dim=1).float()
+            lse[t] = torch.logsumexp(score, dim=1)
             dead = torch.isneginf(score).all(dim=1, keepdim=True)  # nothing to see, or only scores of -inf
             weight = torch.softmax(score, dim=1).masked_fill(dead, 0.0)
             result = torch.einsum("hn,hnd->hd", weight, value[:, seen])
-            out[t] = result.masked_fill(dead, 0.0).to(q.dtype)
+            out[t] = result.masked_fill(dead, 0.0)
     return out, lse
 
 
