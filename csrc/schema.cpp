@@ -12,32 +12,40 @@ STABLE_TORCH_LIBRARY(unmask, m) {
 
   // Per-head q/k RMSNorm (optional) + RoPE at each token's position, K and V written in place into the cache; returns rotated q.
   m.def(
-      "rope_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor row, Tensor pos, Tensor slot, "
-      "Tensor? v_slot, Tensor? q_weight, Tensor? k_weight, Tensor inv_freq, float eps, Tensor(c!)? status=None) -> Tensor");
+      "rope_append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor row, Tensor pos, "
+      "Tensor slot, "
+      "Tensor? v_slot, Tensor? q_weight, Tensor? k_weight, Tensor inv_freq, float eps, Tensor(c!)? status=None) -> "
+      "Tensor");
 
   // Packed query tokens against segments of the cache, non-causal, GQA; q_end and a small mask restrict single tokens. -> (out, lse)
   m.def(
-      "block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_q, Tensor kv_row, Tensor seg, Tensor? q_end, "
+      "block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_q, Tensor kv_row, Tensor seg, Tensor? "
+      "q_end, "
       "Tensor? mask, float scale, Tensor(a!)? status=None) -> (Tensor, Tensor)");
 
   // One read of the logits: token, (p, p1, p2, entropy, logsumexp), status, log-probability and logit at ids, top-k.
   m.def(
-      "logit_stats(Tensor logits, Tensor? rows, Tensor? forbid, Tensor? suppress, Tensor? bias_ids, Tensor? bias, Tensor? ids, "
+      "logit_stats(Tensor logits, Tensor? rows, Tensor? forbid, Tensor? suppress, Tensor? bias_ids, Tensor? bias, "
+      "Tensor? ids, "
       "int topk, float temperature, Tensor? seed, Tensor? step, Tensor? pos) "
       "-> (Tensor token, Tensor stats, Tensor status, Tensor at_ids, Tensor topk_id, Tensor topk_logit)");
 
   // The same reduction over one vocabulary tile, folded into a running state (head_stats is built on it), and its end.
   m.def(
-      "stats_tile(Tensor logits, Tensor(a!) state, Tensor(b!)? id_logit, int offset, int vocab, Tensor? forbid, Tensor? suppress, "
-      "Tensor? bias_ids, Tensor? bias, Tensor? ids, int topk, float temperature, Tensor? seed, Tensor? step, Tensor? pos) -> ()");
+      "stats_tile(Tensor logits, Tensor(a!) state, Tensor(b!)? id_logit, int offset, int vocab, Tensor? forbid, "
+      "Tensor? suppress, "
+      "Tensor? bias_ids, Tensor? bias, Tensor? ids, int topk, float temperature, Tensor? seed, Tensor? step, Tensor? "
+      "pos) -> ()");
   m.def(
       "stats_finish(Tensor state, Tensor? id_logit, int topk) "
       "-> (Tensor token, Tensor stats, Tensor status, Tensor at_ids, Tensor topk_id, Tensor topk_logit)");
 
   // Order eligible positions by (score desc, position asc), apply the rule, write tokens in place. -> (committed, count, left)
   m.def(
-      "commit(Tensor(a!) canvas, Tensor(b!) masked, Tensor cu, Tensor row, Tensor pos, Tensor token, Tensor score, Tensor? cost, "
-      "Tensor? eligible, Tensor? editable, int rule, float[] params, Tensor? quota, Tensor? threshold, Tensor(c!)? status=None) "
+      "commit(Tensor(a!) canvas, Tensor(b!) masked, Tensor cu, Tensor row, Tensor pos, Tensor token, Tensor score, "
+      "Tensor? cost, "
+      "Tensor? eligible, Tensor? editable, int rule, float[] params, Tensor? quota, Tensor? threshold, Tensor(c!)? "
+      "status=None) "
       "-> (Tensor committed, Tensor count, Tensor left)");
 
   // Row-wise pieces between the GEMMs: RMSNorm, residual add + RMSNorm in one pass, silu(gate) * up.

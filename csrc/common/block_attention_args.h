@@ -10,7 +10,8 @@ constexpr int64_t kAttentionMaxDim = 1024;
 
 inline void check_block_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cu_q,
                                   const Tensor& kv_row, const Tensor& seg, const std::optional<Tensor>& q_end,
-                                  const std::optional<Tensor>& mask, double scale, const std::optional<Tensor>& status) {
+                                  const std::optional<Tensor>& mask, double scale,
+                                  const std::optional<Tensor>& status) {
   const Checker check("block_attention", q);
   check.floating(q, "q");
   const ScalarType dtype = q.scalar_type();

@@ -16,8 +16,8 @@
 
 namespace unmask {
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 inline const char* dtype_name(ScalarType t) {
   switch (t) {
@@ -48,14 +48,16 @@ inline std::string shape_text(const Tensor& t) {
   __builtin_unreachable();
 }
 
-[[noreturn]] inline void fail_must_be(const char* op, const char* name, const std::string& expected, const std::string& actual) {
+[[noreturn]] inline void fail_must_be(const char* op, const char* name, const std::string& expected,
+                                      const std::string& actual) {
   fail(op, std::string(name) + " must be " + expected + ", got " + actual);
 }
 
 // The shim's own codes, fetched once: every accessor is a call across the library boundary, and a small op is all checks.
 struct ShimCodes {
   int32_t cuda = aoti_torch_device_type_cuda();
-  int32_t float32 = aoti_torch_dtype_float32(), bfloat16 = aoti_torch_dtype_bfloat16(), float16 = aoti_torch_dtype_float16();
+  int32_t float32 = aoti_torch_dtype_float32(), bfloat16 = aoti_torch_dtype_bfloat16(),
+          float16 = aoti_torch_dtype_float16();
   int32_t int64 = aoti_torch_dtype_int64(), int32 = aoti_torch_dtype_int32(), boolean = aoti_torch_dtype_bool();
 
   int32_t of(ScalarType t) const {
@@ -94,7 +96,8 @@ struct Checker {
   bool cuda;
   int32_t device_index;
 
-  Checker(const char* op_, const Tensor& first) : op(op_), cuda(on_cuda(first)), device_index(cuda ? first.get_device_index() : -1) {}
+  Checker(const char* op_, const Tensor& first)
+      : op(op_), cuda(on_cuda(first)), device_index(cuda ? first.get_device_index() : -1) {}
 
   std::string device_text(bool is_cuda, int32_t index) const {
     return is_cuda ? "on cuda:" + std::to_string(index) : std::string("on the CPU");
@@ -107,7 +110,8 @@ struct Checker {
   void dtype(const Tensor& t, const char* name, ScalarType want) const {
     device(t, name);
     const int32_t code = shim_codes().of(want);
-    if (code >= 0 ? shim_dtype(t) != code : t.scalar_type() != want) fail_must_be(op, name, dtype_name(want), dtype_name(t.scalar_type()));
+    if (code >= 0 ? shim_dtype(t) != code : t.scalar_type() != want)
+      fail_must_be(op, name, dtype_name(want), dtype_name(t.scalar_type()));
   }
   // float32, bfloat16 or float16
   void floating(const Tensor& t, const char* name) const {
@@ -124,7 +128,10 @@ struct Checker {
     if (ok) {
       size_t i = 0;
       for (int64_t s : sizes) {
-        if (s >= 0 && actual[i] != s) { ok = false; break; }
+        if (s >= 0 && actual[i] != s) {
+          ok = false;
+          break;
+        }
         ++i;
       }
     }
@@ -134,7 +141,8 @@ struct Checker {
     bool first = true;
     for (int64_t s : sizes) {
       want << (first ? "" : ", ");
-      if (s >= 0) want << s; else want << "any";
+      if (s >= 0) want << s;
+      else want << "any";
       first = false;
     }
     want << ']';
@@ -145,7 +153,8 @@ struct Checker {
     const auto sizes = t.sizes(), strides = t.strides();
     for (size_t i = 0; i < sizes.size(); ++i) {
       if (strides[i] == 0 && sizes[i] > 1)
-        fail_must_be(op, name, "without expanded dimensions (it is written)", "stride 0 in dimension " + std::to_string(i));
+        fail_must_be(op, name, "without expanded dimensions (it is written)",
+                     "stride 0 in dimension " + std::to_string(i));
     }
   }
   void require(bool ok, const char* name, const char* expected, int64_t actual) const {

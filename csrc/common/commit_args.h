@@ -8,11 +8,11 @@
 
 namespace unmask {
 
-inline void check_commit(const Tensor& canvas, const Tensor& masked, const Tensor& cu, const Tensor& row, const Tensor& pos,
-                         const Tensor& token, const Tensor& score, const std::optional<Tensor>& cost,
+inline void check_commit(const Tensor& canvas, const Tensor& masked, const Tensor& cu, const Tensor& row,
+                         const Tensor& pos, const Tensor& token, const Tensor& score, const std::optional<Tensor>& cost,
                          const std::optional<Tensor>& eligible, const std::optional<Tensor>& editable, int64_t rule,
-                         const std::vector<double>& params, const std::optional<Tensor>& quota, const std::optional<Tensor>& threshold,
-                         const std::optional<Tensor>& status) {
+                         const std::vector<double>& params, const std::optional<Tensor>& quota,
+                         const std::optional<Tensor>& threshold, const std::optional<Tensor>& status) {
   const char* const op = "commit";
   const Checker check(op, canvas);
   check.dtype(canvas, "canvas", ScalarType::Long);
@@ -55,7 +55,8 @@ inline void check_commit(const Tensor& canvas, const Tensor& masked, const Tenso
   check.require(count <= 2, "params", "at most 2 numbers", count);
   if (by_factor || rule == kRuleEntropyBound) {
     check.require(count >= 1, "params", "at least 1 number for this rule", count);
-    if (by_factor) check.require(std::isfinite(params[0]) && params[0] > 0.0, "params[0]", "a finite factor > 0", params[0]);
+    if (by_factor)
+      check.require(std::isfinite(params[0]) && params[0] > 0.0, "params[0]", "a finite factor > 0", params[0]);
     else check.require(std::isfinite(params[0]) && params[0] >= 0.0, "params[0]", "a finite bound >= 0", params[0]);
   }
   if (editable) {

@@ -9,12 +9,12 @@ namespace unmask {
 
 // python/unmask/ops/commit.py repeats these values (tests compare them through the op's behaviour).
 enum CommitRule : int64_t {
-  kRuleQuota = 0,            // min(quota, n)
-  kRuleThreshold = 1,        // score >= threshold, at least 1 (Fast-dLLM v1, Alg. 1; FreeDave)
+  kRuleQuota = 0,  // min(quota, n)
+  kRuleThreshold = 1,  // score >= threshold, at least 1 (Fast-dLLM v1, Alg. 1; FreeDave)
   kRuleThresholdStrict = 2,  // score > threshold, at least 1 (Fast-dLLM v2, SDAR, LLaDA2)
-  kRuleFactor = 3,           // largest k with (k + 1)(1 - score_(k)) < f, at least 1 (Fast-dLLM, theorem 1)
-  kRuleFactorAuthors = 4,    // the same as Fast-dLLM's code has it, off by one at the last rank
-  kRuleEntropyBound = 5,     // largest k with sum cost - max cost <= gamma over the first k, at least 1 (EB-Sampler)
+  kRuleFactor = 3,  // largest k with (k + 1)(1 - score_(k)) < f, at least 1 (Fast-dLLM, theorem 1)
+  kRuleFactorAuthors = 4,  // the same as Fast-dLLM's code has it, off by one at the last rank
+  kRuleEntropyBound = 5,  // largest k with sum cost - max cost <= gamma over the first k, at least 1 (EB-Sampler)
   kRuleCount = 6,
 };
 

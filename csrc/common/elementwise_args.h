@@ -8,12 +8,14 @@ namespace unmask {
 
 inline void check_rms_norm(const char* op, const Tensor* residual, const Tensor& x, const Tensor& weight, double eps) {
   const Checker check(op, residual ? *residual : x);
-  if (residual) check.floating(*residual, "residual"); else check.floating(x, "x");
+  if (residual) check.floating(*residual, "residual");
+  else check.floating(x, "x");
   const ScalarType dtype = residual ? residual->scalar_type() : x.scalar_type();
   check.dtype(x, "x", dtype);
   check.dtype(weight, "weight", dtype);
   if (residual) check.shape(*residual, "residual", "[T, D]", {-1, -1});
-  if (residual) check.shape(x, "x", "[T, D]", {residual->size(0), residual->size(1)}); else check.shape(x, "x", "[T, D]", {-1, -1});
+  if (residual) check.shape(x, "x", "[T, D]", {residual->size(0), residual->size(1)});
+  else check.shape(x, "x", "[T, D]", {-1, -1});
   check.shape(weight, "weight", "[D]", {x.size(1)});
   if (residual) check.writable(*residual, "residual");
   check.require(std::isfinite(eps) && eps >= 0.0, "eps", "finite and >= 0", eps);

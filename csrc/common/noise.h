@@ -28,13 +28,13 @@ namespace unmask {
 constexpr float kLog2e = 0x1.715476p+0f;
 constexpr float kLn2Hi = 0x1.62e400p-1f;  // 14 bits: k * kLn2Hi is exact
 constexpr float kLn2Lo = 0x1.7f7d1cp-20f;
-constexpr float kExpMin = -88.0f;           // exp_neg below it is 0
+constexpr float kExpMin = -88.0f;  // exp_neg below it is 0
 constexpr float kRoundMagic = 0x1.8p23f + 127.0f;  // y + magic rounds y to n; its low bits are then n + 127
 constexpr float kExpC1 = 0x1.62e42ap-1f, kExpC2 = 0x1.ebf9bcp-3f, kExpC3 = 0x1.c6b752p-5f, kExpC4 = 0x1.3cea88p-7f,
                 kExpC5 = 0x1.5bba14p-10f;
 constexpr float kLogP0 = 0x1.555554p-2f, kLogP1 = -0x1.000226p-2f, kLogP2 = 0x1.99a008p-3f, kLogP3 = -0x1.547244p-3f,
                 kLogP4 = 0x1.22da1cp-3f, kLogP5 = -0x1.0d8542p-3f, kLogP6 = 0x1.055b6ap-3f, kLogP7 = -0x1.38b580p-4f;
-constexpr float kGumbelMax = 22.9f;         // above every value of gumbel_from_bits
+constexpr float kGumbelMax = 22.9f;  // above every value of gumbel_from_bits
 
 UNMASK_HD float float_of_bits(uint32_t u) {
 #if defined(__CUDA_ARCH__)
@@ -91,7 +91,8 @@ UNMASK_HD float log_positive(float x) {
 // Exp(1) variate of 32 random bits, in [2^-33, 22.88]
 UNMASK_HD float exponential_from_bits(uint32_t w) {
   const bool low = w < 0x80000000u;
-  const float h = (static_cast<float>(static_cast<int32_t>(low ? w : ~w)) + 0.5f) * 0x1p-32f;  // v, or 1 - v; in (0, 1/2]
+  const float h =
+      (static_cast<float>(static_cast<int32_t>(low ? w : ~w)) + 0.5f) * 0x1p-32f;  // v, or 1 - v; in (0, 1/2]
   const int32_t i = static_cast<int32_t>(bits_of_float(h)) - 0x3F3504F3;
   const float m = float_of_bits(static_cast<uint32_t>((i & 0x007FFFFF) + 0x3F3504F3));
   const bool half = h > 0x1.2bec34p-2f;  // v > 1 - sqrt(1/2): 1 - v = (1 + (1 - 2v)) / 2
@@ -103,7 +104,9 @@ UNMASK_HD float exponential_from_bits(uint32_t w) {
 // Standard Gumbel variate of 32 random bits
 UNMASK_HD float gumbel_from_bits(uint32_t w) { return -log_positive(exponential_from_bits(w)); }
 
-UNMASK_HD uint32_t philox_word(const Philox4& r, uint32_t i) { return i == 0 ? r.x : i == 1 ? r.y : i == 2 ? r.z : r.w; }
+UNMASK_HD uint32_t philox_word(const Philox4& r, uint32_t i) {
+  return i == 0 ? r.x : i == 1 ? r.y : i == 2 ? r.z : r.w;
+}
 
 // The noise of token `id` for one (seed, step, pos): word id % 4 of philox(seed; id / 4, pos, step, 0).
 UNMASK_HD float gumbel_of_id(uint64_t seed, uint32_t step, uint32_t pos, uint32_t id) {

@@ -33,7 +33,9 @@ UNMASK_HD float shifted(float x, float m) { return x == m ? 0.0f : x - m; }
 UNMASK_HD SumExp merge_sum(const SumExp& a, const SumExp& b) {
   if (b.m == neg_inf()) return a;
   if (a.m == neg_inf()) return b;
-  const bool left = a.m >= b.m;  // which side holds the maximum (fields, not references: those would send both to local memory on CUDA)
+  const bool left =
+      a.m >=
+      b.m;  // which side holds the maximum (fields, not references: those would send both to local memory on CUDA)
   const SumExp hi = {left ? a.m : b.m, left ? a.s : b.s, left ? a.t : b.t};
   const SumExp lo = {left ? b.m : a.m, left ? b.s : a.s, left ? b.t : a.t};
   const float d = shifted(lo.m, hi.m);
@@ -43,7 +45,10 @@ UNMASK_HD SumExp merge_sum(const SumExp& a, const SumExp& b) {
 }
 
 // ---- candidates ---------------------------------------------------------------------------------------------------
-struct Cand { float v; int32_t id; };  // none: {-inf, -1}
+struct Cand {
+  float v;
+  int32_t id;
+};  // none: {-inf, -1}
 
 UNMASK_HD Cand no_cand() { return {neg_inf(), -1}; }
 // The total order (value desc, id asc); none loses against everything.
@@ -62,24 +67,32 @@ UNMASK_HD Top2 merge_top2(const Top2& l, const Top2& r) {
 // Inserts c into list[0..k), sorted best first.
 UNMASK_HD void insert_cand(Cand* list, int k, Cand c) {
   for (int i = 0; i < k; ++i) {
-    if (beats(c, list[i])) { const Cand old = list[i]; list[i] = c; c = old; }
+    if (beats(c, list[i])) {
+      const Cand old = list[i];
+      list[i] = c;
+      c = old;
+    }
   }
 }
 
 // The sampled token: compared by score = fma(T, g, x), reported by its clean logit x. Same total order on (score, id).
-struct Sample { float score; int32_t id; float x; };
+struct Sample {
+  float score;
+  int32_t id;
+  float x;
+};
 
 UNMASK_HD bool beats(const Sample& a, const Sample& b) { return beats(Cand{a.score, a.id}, Cand{b.score, b.id}); }
 
 // ---- state of one entry -------------------------------------------------------------------------------------------
 // Only int32 words (a row of the int32 state tensor); all zero bytes = empty.
 struct StatsState {
-  int32_t next;        // ids [0, next) are folded in; 0 = empty, the rest is then meaningless
-  int32_t kept;        // how many of top[] are maintained: max(2, topk)
+  int32_t next;  // ids [0, next) are folded in; 0 = empty, the rest is then meaningless
+  int32_t kept;  // how many of top[] are maintained: max(2, topk)
   int32_t status;
-  SumExp sum;          // every id that is not suppressed
-  Sample sample;       // token so far; at temperature 0 it equals top[0]
-  Cand top[kTopMax];   // best candidates (not suppressed, not forbidden, above -inf), best first
+  SumExp sum;  // every id that is not suppressed
+  Sample sample;  // token so far; at temperature 0 it equals top[0]
+  Cand top[kTopMax];  // best candidates (not suppressed, not forbidden, above -inf), best first
 };
 constexpr int64_t kStateWords = sizeof(StatsState) / 4;
 static_assert(sizeof(StatsState) == 25 * 4, "state words are part of the interface");

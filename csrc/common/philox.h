@@ -31,8 +31,6 @@ UNMASK_HD Philox4 philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, u
 }
 
 // 32 random bits -> float in (0, 1): 23 bits and a half step, exact in float32, never 0 or 1.
-UNMASK_HD float uniform_from_bits(uint32_t w) {
-  return (static_cast<float>(w >> 9) + 0.5f) * 0x1p-23f;
-}
+UNMASK_HD float uniform_from_bits(uint32_t w) { return (static_cast<float>(w >> 9) + 0.5f) * 0x1p-23f; }
 
 }  // namespace unmask

@@ -33,12 +33,13 @@ template <class... Ts> struct IsBoxable<std::tuple<Ts...>> : std::bool_constant<
 template <class F> struct OpSignature;
 template <class R, class... A>
 struct OpSignature<R (*)(A...)> {
-  static constexpr bool kOk = IsBoxable<R>::value && (IsBoxable<std::remove_cv_t<std::remove_reference_t<A>>>::value && ...);
+  static constexpr bool kOk =
+      IsBoxable<R>::value && (IsBoxable<std::remove_cv_t<std::remove_reference_t<A>>>::value && ...);
 };
 
 }  // namespace unmask
 
-#define UNMASK_IMPL(KEY, NAME, FN)                                                                            \
-  static_assert(::unmask::OpSignature<decltype(FN)>::kOk,                                                     \
+#define UNMASK_IMPL(KEY, NAME, FN)                                                                                     \
+  static_assert(::unmask::OpSignature<decltype(FN)>::kOk,                                                              \
                 #NAME ": only double, int64_t, bool, Tensor and optionals/lists/tuples of them cross the stable ABI"); \
   STABLE_TORCH_LIBRARY_IMPL(unmask, KEY, m) { m.impl(#NAME, TORCH_BOX(FN)); }

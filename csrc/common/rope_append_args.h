@@ -6,10 +6,11 @@
 
 namespace unmask {
 
-inline void check_rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
-                              const Tensor& row, const Tensor& pos, const Tensor& slot, const std::optional<Tensor>& v_slot,
-                              const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight, const Tensor& inv_freq,
-                              double eps, const std::optional<Tensor>& status) {
+inline void check_rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                              const Tensor& v_cache, const Tensor& row, const Tensor& pos, const Tensor& slot,
+                              const std::optional<Tensor>& v_slot, const std::optional<Tensor>& q_weight,
+                              const std::optional<Tensor>& k_weight, const Tensor& inv_freq, double eps,
+                              const std::optional<Tensor>& status) {
   const Checker check("rope_append", q);
   check.floating(q, "q");
   const ScalarType dtype = q.scalar_type();

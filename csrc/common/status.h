@@ -7,12 +7,12 @@
 namespace unmask {
 enum Status : int32_t {
   kStatusOk = 0,
-  kStatusNaN = 1,          // logits: a NaN in the row
-  kStatusAllInf = 2,       // logits: no candidate above -inf
-  kStatusBadRow = 4,       // row index outside the tensor it points into
-  kStatusBadId = 8,        // token id outside [0, V)
-  kStatusBadSlot = 16,     // K/V slot or canvas position outside its tensor
+  kStatusNaN = 1,  // logits: a NaN in the row
+  kStatusAllInf = 2,  // logits: no candidate above -inf
+  kStatusBadRow = 4,  // row index outside the tensor it points into
+  kStatusBadId = 8,  // token id outside [0, V)
+  kStatusBadSlot = 16,  // K/V slot or canvas position outside its tensor
   kStatusBadSegment = 32,  // segment, length or offset outside [0, S] / not monotone
-  kStatusNaNScore = 64,    // commit: a NaN score, position skipped
+  kStatusNaNScore = 64,  // commit: a NaN score, position skipped
 };
 }

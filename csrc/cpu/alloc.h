@@ -25,9 +25,13 @@ inline Tensor empty_of_code(const std::array<int64_t, N>& sizes, int32_t code) {
   return Tensor(handle);
 }
 template <size_t N>
-inline Tensor empty(const std::array<int64_t, N>& sizes, ScalarType dtype) { return empty_of_code<N>(sizes, shim_codes().of(dtype)); }
+inline Tensor empty(const std::array<int64_t, N>& sizes, ScalarType dtype) {
+  return empty_of_code<N>(sizes, shim_codes().of(dtype));
+}
 template <size_t N>
-inline Tensor empty_as(const std::array<int64_t, N>& sizes, const Tensor& like) { return empty_of_code<N>(sizes, shim_dtype(like)); }
+inline Tensor empty_as(const std::array<int64_t, N>& sizes, const Tensor& like) {
+  return empty_of_code<N>(sizes, shim_dtype(like));
+}
 
 // How kernels name the three floating dtypes.
 inline int64_t dtype_code(const Tensor& t) {

@@ -76,7 +76,8 @@ class Plan {
       const int64_t q_end = cu[(b + 1) * cu_step];
       e.q_count = q_end - e.q_begin;
       e.row = row[b * row_step];
-      e.seg = segments + b * seg_step, e.segments = seg.size(1), e.seg_stride = seg.stride(1), e.seg_field_stride = seg.stride(2);
+      e.seg = segments + b * seg_step, e.segments = seg.size(1), e.seg_stride = seg.stride(1),
+      e.seg_field_stride = seg.stride(2);
       e.mask = mask_data ? mask_data + b * mask_step : nullptr;
       int32_t bad = 0;
       if (e.row < -1 || e.row >= cache_rows) bad |= kStatusBadRow;
@@ -84,7 +85,10 @@ class Plan {
       else if (mask && e.q_count > q_max) bad |= kStatusBadSegment;
       for (int64_t g = 0; g < e.segments; ++g) {
         const int64_t start = e.seg[g * e.seg_stride], length = e.seg[g * e.seg_stride + e.seg_field_stride];
-        if (start < 0 || length < 0 || start > slots || length > slots - start) { bad |= kStatusBadSegment; break; }
+        if (start < 0 || length < 0 || start > slots || length > slots - start) {
+          bad |= kStatusBadSegment;
+          break;
+        }
         e.keys += length;
       }
       reached = std::max({reached, e.q_begin, q_end});
@@ -108,9 +112,8 @@ class Plan {
     const auto item = UNMASK_KERNEL(block_attention_item);
     const bool parallel = flops_ >= kParallelFlops;
     if (!split_) {
-      for_each_item(static_cast<int64_t>(items_.size()), parallel, [&](int64_t i) {
-        item(p_, entries_[items_[i].entry], items_[i], thread_scratch(scratch_));
-      });
+      for_each_item(static_cast<int64_t>(items_.size()), parallel,
+                    [&](int64_t i) { item(p_, entries_[items_[i].entry], items_[i], thread_scratch(scratch_)); });
       return;
     }
     const auto merge = UNMASK_KERNEL(block_attention_merge);
@@ -130,12 +133,10 @@ class Plan {
         parts.push_back(part);
       }
     }
-    for_each_item(static_cast<int64_t>(parts.size()), parallel, [&](int64_t i) {
-      item(p_, entries_[parts[i].entry], parts[i], thread_scratch(scratch_));
-    });
-    for_each_item(static_cast<int64_t>(items_.size()), parallel, [&](int64_t i) {
-      merge(p_, entries_[items_[i].entry], parts[first[i]], items_[i].split_end);
-    });
+    for_each_item(static_cast<int64_t>(parts.size()), parallel,
+                  [&](int64_t i) { item(p_, entries_[parts[i].entry], parts[i], thread_scratch(scratch_)); });
+    for_each_item(static_cast<int64_t>(items_.size()), parallel,
+                  [&](int64_t i) { merge(p_, entries_[items_[i].entry], parts[first[i]], items_[i].split_end); });
   }
 
  private:
@@ -163,7 +164,8 @@ class Plan {
     items_.reserve(static_cast<size_t>(count(tile)));
     for (size_t i = 0; i < entries_.size(); ++i) {
       const auto& e = entries_[i];
-      const int64_t rows = e.q_count * p_.group, n = std::max<int64_t>(1, (e.keys + kAttentionSplit - 1) / kAttentionSplit);
+      const int64_t rows = e.q_count * p_.group,
+                    n = std::max<int64_t>(1, (e.keys + kAttentionSplit - 1) / kAttentionSplit);
       for (int64_t h = 0; h < kv_heads_; ++h)
         for (int64_t r = 0; r < rows; r += tile)
           items_.push_back({static_cast<int64_t>(i), h, r, std::min(rows, r + tile), 0, n, nullptr});
@@ -181,14 +183,16 @@ class Plan {
   void zero(int64_t begin, int64_t end, size_t element) const {
     if (begin >= end) return;
     const int64_t row = p_.q_heads * p_.dim;
-    std::fill_n(static_cast<char*>(p_.out) + static_cast<size_t>(begin * row) * element, static_cast<size_t>((end - begin) * row) * element, 0);
+    std::fill_n(static_cast<char*>(p_.out) + static_cast<size_t>(begin * row) * element,
+                static_cast<size_t>((end - begin) * row) * element, 0);
     std::fill(p_.lse + begin * p_.q_heads, p_.lse + end * p_.q_heads, -std::numeric_limits<float>::infinity());
   }
 };
 
-std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cu_q,
-                                           const Tensor& kv_row, const Tensor& seg, const std::optional<Tensor>& q_end,
-                                           const std::optional<Tensor>& mask, double scale, std::optional<Tensor> status) {
+std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                           const Tensor& cu_q, const Tensor& kv_row, const Tensor& seg,
+                                           const std::optional<Tensor>& q_end, const std::optional<Tensor>& mask,
+                                           double scale, std::optional<Tensor> status) {
   check_block_attention(q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status);
   AttentionParams p{};
   p.q_heads = q.size(1), p.dim = q.size(2), p.group = p.q_heads / k_cache.size(1);

@@ -6,7 +6,8 @@
 
 namespace unmask::cpu {
 
-constexpr int64_t kAttentionSplit = 2048;  // keys per partial result; fixed, so that bits depend on neither threads nor batch
+constexpr int64_t kAttentionSplit =
+    2048;  // keys per partial result; fixed, so that bits depend on neither threads nor batch
 
 struct AttentionParams {
   const void *q, *k, *v;  // [T, Hq, D], [R, Hkv, S, D]
@@ -40,8 +41,8 @@ struct AttentionItem {
 // Floats of scratch that an item of `rows` packed rows needs, and floats of one partial result.
 UNMASK_DECLARE_KERNEL(int64_t, block_attention_scratch, const AttentionParams& p, int64_t rows)
 UNMASK_DECLARE_KERNEL(int64_t, block_attention_partial, const AttentionParams& p, int64_t rows)
-UNMASK_DECLARE_KERNEL(void, block_attention_item, const AttentionParams& p, const AttentionEntry& e, const AttentionItem& it,
-                      float* scratch)
+UNMASK_DECLARE_KERNEL(void, block_attention_item, const AttentionParams& p, const AttentionEntry& e,
+                      const AttentionItem& it, float* scratch)
 // Merges `count` partial results (they lie `partial_floats` apart, from it.partial on) in order and writes out and lse.
-UNMASK_DECLARE_KERNEL(void, block_attention_merge, const AttentionParams& p, const AttentionEntry& e, const AttentionItem& it,
-                      int64_t count)
+UNMASK_DECLARE_KERNEL(void, block_attention_merge, const AttentionParams& p, const AttentionEntry& e,
+                      const AttentionItem& it, int64_t count)

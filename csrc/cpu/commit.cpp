@@ -15,7 +15,7 @@
 namespace unmask::cpu {
 namespace {
 
-constexpr int64_t kInline = 128;       // candidates per entry without heap
+constexpr int64_t kInline = 128;  // candidates per entry without heap
 constexpr int64_t kParallelFrom = 4096;  // candidates per thread: ~100 us of sorting
 
 template <class T>
@@ -27,9 +27,13 @@ struct Strided {
 };
 
 template <class T>
-Strided<const T> reading(const Tensor& t) { return {static_cast<const T*>(t.const_data_ptr()), t.size(0) ? t.stride(0) : 0}; }
+Strided<const T> reading(const Tensor& t) {
+  return {static_cast<const T*>(t.const_data_ptr()), t.size(0) ? t.stride(0) : 0};
+}
 template <class T>
-Strided<const T> reading(const std::optional<Tensor>& t) { return t ? reading<T>(*t) : Strided<const T>{}; }
+Strided<const T> reading(const std::optional<Tensor>& t) {
+  return t ? reading<T>(*t) : Strided<const T>{};
+}
 
 struct Commit {
   int64_t* canvas;
@@ -90,7 +94,8 @@ int32_t entry_fault(const Commit& c, int64_t entry, int64_t begin, int64_t end, 
   for (int64_t i = begin; i < end; ++i)
     if (c.pos[i] < 0 || c.pos[i] >= c.length) return kStatusBadSlot;
   if (c.rule == kRuleQuota && c.quota[entry] < 0) return kStatusBadSegment;
-  if ((c.rule == kRuleThreshold || c.rule == kRuleThresholdStrict) && c.threshold[entry] != c.threshold[entry]) return kStatusNaNScore;
+  if ((c.rule == kRuleThreshold || c.rule == kRuleThresholdStrict) && c.threshold[entry] != c.threshold[entry])
+    return kStatusNaNScore;
   return kStatusOk;
 }
 
@@ -153,7 +158,8 @@ void commit_entries(const Commit& c, int64_t first, int64_t last, const Strided<
     int32_t bits = kStatusBadSegment;
     if (begin >= from[b] && begin <= end && end <= c.candidates) {
       const int64_t room = end - begin;
-      if (room > kInline && static_cast<int64_t>(items.size()) < room) items.resize(static_cast<size_t>(room)), values.resize(items.size());
+      if (room > kInline && static_cast<int64_t>(items.size()) < room)
+        items.resize(static_cast<size_t>(room)), values.resize(items.size());
       const bool fits = room <= kInline;
       bits = commit_entry(c, b, begin, end, fits ? inline_items : items.data(), fits ? inline_values : values.data());
     }
@@ -161,12 +167,14 @@ void commit_entries(const Commit& c, int64_t first, int64_t last, const Strided<
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> commit(Tensor canvas, Tensor masked, const Tensor& cu, const Tensor& row, const Tensor& pos,
-                                          const Tensor& token, const Tensor& score, const std::optional<Tensor>& cost,
-                                          const std::optional<Tensor>& eligible, const std::optional<Tensor>& editable, int64_t rule,
+std::tuple<Tensor, Tensor, Tensor> commit(Tensor canvas, Tensor masked, const Tensor& cu, const Tensor& row,
+                                          const Tensor& pos, const Tensor& token, const Tensor& score,
+                                          const std::optional<Tensor>& cost, const std::optional<Tensor>& eligible,
+                                          const std::optional<Tensor>& editable, int64_t rule,
                                           const std::vector<double>& params, const std::optional<Tensor>& quota,
                                           const std::optional<Tensor>& threshold, std::optional<Tensor> status) {
-  check_commit(canvas, masked, cu, row, pos, token, score, cost, eligible, editable, rule, params, quota, threshold, status);
+  check_commit(canvas, masked, cu, row, pos, token, score, cost, eligible, editable, rule, params, quota, threshold,
+               status);
   const int64_t batch = row.size(0), n = pos.size(0);
   Tensor committed = empty<1>({n}, ScalarType::Bool);
   Tensor count = empty<1>({batch}, ScalarType::Long);
@@ -176,7 +184,8 @@ std::tuple<Tensor, Tensor, Tensor> commit(Tensor canvas, Tensor masked, const Te
   c.canvas = static_cast<int64_t*>(canvas.mutable_data_ptr()), c.masked = static_cast<bool*>(masked.mutable_data_ptr());
   for (int i = 0; i < 2; ++i) c.canvas_stride[i] = canvas.stride(i), c.masked_stride[i] = masked.stride(i);
   c.rows = canvas.size(0), c.length = canvas.size(1), c.candidates = n;
-  c.cu = reading<int64_t>(cu), c.row = reading<int64_t>(row), c.pos = reading<int64_t>(pos), c.token = reading<int64_t>(token);
+  c.cu = reading<int64_t>(cu), c.row = reading<int64_t>(row), c.pos = reading<int64_t>(pos),
+  c.token = reading<int64_t>(token);
   c.quota = reading<int64_t>(quota), c.score = reading<float>(score), c.cost = reading<float>(cost);
   c.threshold = reading<float>(threshold), c.eligible = reading<bool>(eligible), c.editable = reading<bool>(editable);
   if (status) c.status = {static_cast<int32_t*>(status->mutable_data_ptr()), batch ? status->stride(0) : 0};

@@ -25,9 +25,15 @@ Tensor norm(const Tensor& x, Tensor* residual, const Tensor& weight, double eps)
   Tensor out = empty_as<2>({rows, dim}, x);
   if (rows == 0 || dim == 0) return out;
   const Tensor xd = dense(x), wd = dense(weight);
-  const NormParams p{xd.const_data_ptr(), residual ? residual->mutable_data_ptr() : nullptr, wd.const_data_ptr(),
-                     out.mutable_data_ptr(), xd.stride(0), residual ? residual->stride(0) : 0, dim,
-                     dtype_code(x), static_cast<float>(eps)};
+  const NormParams p{xd.const_data_ptr(),
+                     residual ? residual->mutable_data_ptr() : nullptr,
+                     wd.const_data_ptr(),
+                     out.mutable_data_ptr(),
+                     xd.stride(0),
+                     residual ? residual->stride(0) : 0,
+                     dim,
+                     dtype_code(x),
+                     static_cast<float>(eps)};
   const auto kernel = UNMASK_KERNEL(rms_norm_rows);
   parallel_for(rows, grain_rows(kNormGrain, dim), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return out;

@@ -7,10 +7,10 @@
 namespace unmask::cpu {
 
 struct NormParams {
-  const void* x;       // [T, D], row stride x_row
-  void* residual;      // [T, D], row stride residual_row, or null: then x itself is normalised
+  const void* x;  // [T, D], row stride x_row
+  void* residual;  // [T, D], row stride residual_row, or null: then x itself is normalised
   const void* weight;  // [D]
-  void* out;           // [T, D] dense
+  void* out;  // [T, D] dense
   int64_t x_row, residual_row, dim;
   int64_t dtype;  // 0 fp32, 1 bf16, 2 fp16
   float eps;
@@ -18,8 +18,8 @@ struct NormParams {
 
 struct SiluParams {
   const void* gate_up;  // [T, 2F], row stride row
-  void* out;            // [T, F] dense
-  int64_t row, width;   // width = F
+  void* out;  // [T, F] dense
+  int64_t row, width;  // width = F
   int64_t dtype;
 };
 

@@ -21,8 +21,8 @@ Isa best_isa() {
 #if defined(UNMASK_X86)
   static const Isa best = [] {
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-                      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #if defined(UNMASK_EMULATE_BF16)
@@ -47,7 +47,8 @@ Isa isa() {
       if (std::string(forced) == isa_name(static_cast<Isa>(i))) return static_cast<Isa>(i);
       valid += (i ? ", " : "") + std::string(isa_name(static_cast<Isa>(i)));
     }
-    STD_TORCH_CHECK(false, "UNMASK_ISA must be one of ", valid, " on this CPU, got ", forced, "; unset it to let unmask choose");
+    STD_TORCH_CHECK(false, "UNMASK_ISA must be one of ", valid, " on this CPU, got ", forced,
+                    "; unset it to let unmask choose");
     return Isa::portable;
   }();
   return chosen;

@@ -23,7 +23,9 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 constexpr int64_t kSerialIds = 32768;  // below this many logits in all, a second thread costs more than it brings
 
 template <class T>
-const T* data(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
 
 // A sorted copy without negative ids; ids >= vocab are left out and reported.
 struct IdList {
@@ -56,8 +58,8 @@ struct Prepared {
   IdList forbid, suppress;
 };
 
-void prepare(const Checker& check, const Tensor& logits, const StatsArguments& in, int64_t entries, int64_t offset, int64_t vocab,
-             Prepared* p) {
+void prepare(const Checker& check, const Tensor& logits, const StatsArguments& in, int64_t entries, int64_t offset,
+             int64_t vocab, Prepared* p) {
   StatsArgs& a = p->args;
   static_cast<StatsInputs&>(a) = read_stats_inputs(check, logits, in, entries, offset, vocab);
   p->forbid.read(in.forbid, vocab, &a.list_status);
@@ -79,7 +81,8 @@ void for_each_entry(const StatsArgs& a, int64_t entries, const Row& row_of, cons
   const bool serial = entries * a.count <= kSerialIds;
   if (serial || chunks <= 1 || entries >= 8 * num_threads() || num_threads() == 1) {
     parallel_for(entries, serial ? entries : 1, [&](int64_t begin, int64_t end) {
-      for (int64_t e = begin; e < end; ++e) one(e, [&](int64_t row, StatsState* st) { fold(a, e, row, 0, chunks, st); });
+      for (int64_t e = begin; e < end; ++e)
+        one(e, [&](int64_t row, StatsState* st) { fold(a, e, row, 0, chunks, st); });
     });
     return;
   }
@@ -115,13 +118,14 @@ Outputs new_outputs(int64_t entries, int64_t n_ids, int64_t topk, StatsOutputs* 
 }
 
 Outputs logit_stats(const Tensor& logits, const OptTensor& rows_arg, const OptTensor& forbid, const OptTensor& suppress,
-                    const OptTensor& bias_ids, const OptTensor& bias, const OptTensor& ids, int64_t topk, double temperature,
-                    const OptTensor& seed, const OptTensor& step, const OptTensor& pos) {
+                    const OptTensor& bias_ids, const OptTensor& bias, const OptTensor& ids, int64_t topk,
+                    double temperature, const OptTensor& seed, const OptTensor& step, const OptTensor& pos) {
   const Checker check("logit_stats", logits);
   const StatsRows rows = read_stats_rows(check, logits, rows_arg);
   const int64_t entries = rows.entries, vocab = logits.size(1);
   Prepared p;
-  prepare(check, logits, {forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos}, entries, 0, vocab, &p);
+  prepare(check, logits, {forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos}, entries, 0, vocab,
+          &p);
   const StatsArgs& a = p.args;
   StatsOutputs f;
   Outputs out = new_outputs(entries, a.n_ids, topk, &f);
@@ -155,7 +159,8 @@ Outputs logit_stats(const Tensor& logits, const OptTensor& rows_arg, const OptTe
 struct StateRows {
   int32_t* words;
   int64_t stride[2];
-  explicit StateRows(const Tensor& t) : words(static_cast<int32_t*>(t.mutable_data_ptr())), stride{t.stride(0), t.stride(1)} {}
+  explicit StateRows(const Tensor& t)
+      : words(static_cast<int32_t*>(t.mutable_data_ptr())), stride{t.stride(0), t.stride(1)} {}
   StatsState load(int64_t e) const {
     int32_t w[kStateWords];
     for (int64_t i = 0; i < kStateWords; ++i) w[i] = words[e * stride[0] + i * stride[1]];
@@ -170,14 +175,16 @@ struct StateRows {
   }
 };
 
-void stats_tile(const Tensor& logits, Tensor& state, OptTensor id_logit, int64_t offset, int64_t vocab, const OptTensor& forbid,
-                const OptTensor& suppress, const OptTensor& bias_ids, const OptTensor& bias, const OptTensor& ids, int64_t topk,
-                double temperature, const OptTensor& seed, const OptTensor& step, const OptTensor& pos) {
+void stats_tile(const Tensor& logits, Tensor& state, OptTensor id_logit, int64_t offset, int64_t vocab,
+                const OptTensor& forbid, const OptTensor& suppress, const OptTensor& bias_ids, const OptTensor& bias,
+                const OptTensor& ids, int64_t topk, double temperature, const OptTensor& seed, const OptTensor& step,
+                const OptTensor& pos) {
   const Checker check("stats_tile", logits);
   check_stats_tile(check, logits, state, id_logit, offset, vocab);
   const int64_t entries = logits.size(0), count = logits.size(1);
   Prepared p;
-  prepare(check, logits, {forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos}, entries, offset, vocab, &p);
+  prepare(check, logits, {forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos}, entries, offset,
+          vocab, &p);
   const StatsArgs& a = p.args;
   check_id_logit(check, ids, id_logit, entries, a.n_ids);
   float* logit = nullptr;
@@ -188,23 +195,25 @@ void stats_tile(const Tensor& logits, Tensor& state, OptTensor id_logit, int64_t
   }
   const StateRows states(state);
   const auto at_ids = UNMASK_KERNEL(stats_at_ids);
-  for_each_entry(a, entries, [](int64_t e) { return e; }, [&](int64_t e, const auto& fold) {
-    StatsState st = states.load(e);
-    if (st.next == 0) {
-      reset_state(&st, a.kept);
-      st.status = a.list_status;
-      for (int64_t i = 0; i < a.n_ids; ++i) logit[e * logit_stride[0] + i * logit_stride[1]] = neg_inf();
-    }
-    if (st.next != offset || st.kept != a.kept) {  // tiles out of order, or another topk
-      st.status |= kStatusBadSegment;
-      st.next = std::max(st.next, 1);
-    } else {
-      fold(e, &st);
-      if (a.n_ids > 0) st.status |= at_ids(a, e, e, logit + e * logit_stride[0], logit_stride[1]);
-      st.next = static_cast<int32_t>(offset + count);
-    }
-    states.store(e, st);
-  });
+  for_each_entry(
+      a, entries, [](int64_t e) { return e; },
+      [&](int64_t e, const auto& fold) {
+        StatsState st = states.load(e);
+        if (st.next == 0) {
+          reset_state(&st, a.kept);
+          st.status = a.list_status;
+          for (int64_t i = 0; i < a.n_ids; ++i) logit[e * logit_stride[0] + i * logit_stride[1]] = neg_inf();
+        }
+        if (st.next != offset || st.kept != a.kept) {  // tiles out of order, or another topk
+          st.status |= kStatusBadSegment;
+          st.next = std::max(st.next, 1);
+        } else {
+          fold(e, &st);
+          if (a.n_ids > 0) st.status |= at_ids(a, e, e, logit + e * logit_stride[0], logit_stride[1]);
+          st.next = static_cast<int32_t>(offset + count);
+        }
+        states.store(e, st);
+      });
 }
 
 Outputs stats_finish(const Tensor& state, const OptTensor& id_logit, int64_t topk) {

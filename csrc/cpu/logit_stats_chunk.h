@@ -17,10 +17,16 @@ constexpr int kPair = 2 * kW;      // ids of a pair of vectors
 struct EvenOdd { float v; };
 UNMASK_INLINE float to_float(EvenOdd x) { return x.v; }
 
-template <class T> UNMASK_INLINE void load_pair(const T* p, vf* a, vf* b) { *a = vload(p); *b = vload(p + kW); }
+template <class T> UNMASK_INLINE void load_pair(const T* p, vf* a, vf* b) {
+  *a = vload(p);
+  *b = vload(p + kW);
+}
 UNMASK_INLINE void load_pair(const EvenOdd* p, vf* a, vf* b) {
   float even[kW], odd[kW];
-  for (int i = 0; i < kW; ++i) { even[i] = p[2 * i].v; odd[i] = p[2 * i + 1].v; }
+  for (int i = 0; i < kW; ++i) {
+    even[i] = p[2 * i].v;
+    odd[i] = p[2 * i + 1].v;
+  }
   *a = vload(even);
   *b = vload(odd);
 }

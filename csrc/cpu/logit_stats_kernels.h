@@ -17,8 +17,8 @@ struct StatsArgs : StatsInputs {
 }  // namespace unmask::cpu
 
 // Folds chunks [chunk_begin, chunk_end) of the given ids, read from row `row` for entry `entry`, into *state.
-UNMASK_DECLARE_KERNEL(void, stats_fold, const unmask::cpu::StatsArgs& args, int64_t entry, int64_t row, int64_t chunk_begin,
-                      int64_t chunk_end, unmask::StatsState* state)
+UNMASK_DECLARE_KERNEL(void, stats_fold, const unmask::cpu::StatsArgs& args, int64_t entry, int64_t row,
+                      int64_t chunk_begin, int64_t chunk_end, unmask::StatsState* state)
 // *into = *into followed by *right (the ids right of it).
 UNMASK_DECLARE_KERNEL(void, stats_merge, unmask::StatsState* into, const unmask::StatsState* right)
 // Logits at the entry's ids that lie in the given range -> out[i * stride]; ids elsewhere are left alone. Returns
@@ -26,4 +26,5 @@ UNMASK_DECLARE_KERNEL(void, stats_merge, unmask::StatsState* into, const unmask:
 UNMASK_DECLARE_KERNEL(int32_t, stats_at_ids, const unmask::cpu::StatsArgs& args, int64_t entry, int64_t row, float* out,
                       int64_t stride)
 // All outputs of one entry from its state.
-UNMASK_DECLARE_KERNEL(void, stats_outputs, const unmask::StatsOutputs& args, int64_t entry, const unmask::StatsState* state)
+UNMASK_DECLARE_KERNEL(void, stats_outputs, const unmask::StatsOutputs& args, int64_t entry,
+                      const unmask::StatsState* state)

@@ -43,12 +43,14 @@ constexpr int kPhiloxChains = 4, kPhiloxIds = 32 * kPhiloxChains;
 // words of ids [4 c, 4 c + kPhiloxIds)
 UNMASK_INLINE void philox_words(const NoiseKey& key, uint32_t c, uint32_t* out) {
   const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
-  __m512i c0[kPhiloxChains], c1[kPhiloxChains], c2[kPhiloxChains], c3[kPhiloxChains], p0[kPhiloxChains], p1[kPhiloxChains];
+  __m512i c0[kPhiloxChains], c1[kPhiloxChains], c2[kPhiloxChains], c3[kPhiloxChains], p0[kPhiloxChains],
+      p1[kPhiloxChains];
   for (int i = 0; i < kPhiloxChains; ++i) {
     const __m512i n = _mm512_add_epi64(_mm512_set1_epi64(c + 8 * i), _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));
     const __m512i q0 = _mm512_mul_epu32(m0, n);
     const __m512i q1 = _mm512_mul_epu32(m1, _mm512_xor_si512(_mm512_srli_epi64(q0, 32), _mm512_set1_epi64(key.k1[0])));
-    c0[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(q1, 32), _mm512_set1_epi64(key.y0), _mm512_set1_epi64(key.k0[1]), 0x96);
+    c0[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(q1, 32), _mm512_set1_epi64(key.y0),
+                                      _mm512_set1_epi64(key.k0[1]), 0x96);
     c1[i] = q1;
     c2[i] = _mm512_xor_si512(q0, _mm512_set1_epi64(key.x1));
     c3[i] = _mm512_set1_epi64(key.y1);
@@ -107,7 +109,10 @@ constexpr int kPhiloxIds = 8;
 UNMASK_INLINE void philox_words(const NoiseKey& key, uint32_t c, uint32_t* out) {
   for (uint32_t i = 0; i < 2; ++i, out += 4) {
     const Philox4 r = philox(key.seed, c + i, key.pos, key.step, 0u);
-    out[0] = r.x; out[1] = r.y; out[2] = r.z; out[3] = r.w;
+    out[0] = r.x;
+    out[1] = r.y;
+    out[2] = r.z;
+    out[3] = r.w;
   }
 }
 #endif

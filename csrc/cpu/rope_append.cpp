@@ -50,10 +50,13 @@ std::vector<uint8_t> lost_writes(const RopeParams& p, const int64_t* slot, int64
 }
 
 Tensor rope_append(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache, const Tensor& row,
-                   const Tensor& pos, const Tensor& slot, const std::optional<Tensor>& v_slot, const std::optional<Tensor>& q_weight,
-                   const std::optional<Tensor>& k_weight, const Tensor& inv_freq, double eps, std::optional<Tensor> status) {
+                   const Tensor& pos, const Tensor& slot, const std::optional<Tensor>& v_slot,
+                   const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight, const Tensor& inv_freq,
+                   double eps, std::optional<Tensor> status) {
   check_rope_append(q, k, v, k_cache, v_cache, row, pos, slot, v_slot, q_weight, k_weight, inv_freq, eps, status);
-  const auto dense = [](const Tensor& t) { return t.size(0) <= 1 || t.stride(0) == 1 ? t : torch::stable::contiguous(t); };
+  const auto dense = [](const Tensor& t) {
+    return t.size(0) <= 1 || t.stride(0) == 1 ? t : torch::stable::contiguous(t);
+  };
   std::optional<Tensor> qw, kw;  // hold the dense copies, if any
   if (q_weight) qw = dense(*q_weight);
   if (k_weight) kw = dense(*k_weight);
@@ -69,7 +72,8 @@ Tensor rope_append(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_c
   p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
   p.out = out.mutable_data_ptr(), p.k_cache = k_cache.mutable_data_ptr(), p.v_cache = v_cache.mutable_data_ptr();
   p.row = int64_data(row), p.pos = int64_data(pos), p.slot = int64_data(slot), p.v_slot = int64_data(vs);
-  p.row_stride = row.stride(0), p.pos_stride = pos.stride(0), p.slot_stride = slot.stride(0), p.v_slot_stride = vs.stride(0);
+  p.row_stride = row.stride(0), p.pos_stride = pos.stride(0), p.slot_stride = slot.stride(0),
+  p.v_slot_stride = vs.stride(0);
   p.q_weight = qw ? qw->const_data_ptr() : nullptr, p.k_weight = kw ? kw->const_data_ptr() : nullptr;
   p.inv_freq = static_cast<const float*>(freq.const_data_ptr());
   if (status) p.status = static_cast<int32_t*>(status->mutable_data_ptr()), p.status_stride = status->stride(0);

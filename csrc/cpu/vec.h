@@ -26,14 +26,23 @@ namespace unmask::cpu::UNMASK_ISA_NS {
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 
-UNMASK_INLINE float bits_to_float(uint32_t u) { float f; __builtin_memcpy(&f, &u, 4); return f; }
-UNMASK_INLINE uint32_t float_to_bits(float f) { uint32_t u; __builtin_memcpy(&u, &f, 4); return u; }
+UNMASK_INLINE float bits_to_float(uint32_t u) {
+  float f;
+  __builtin_memcpy(&f, &u, 4);
+  return f;
+}
+UNMASK_INLINE uint32_t float_to_bits(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  return u;
+}
 
 UNMASK_INLINE float to_float(float x) { return x; }
 UNMASK_INLINE float to_float(bf16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 UNMASK_INLINE float to_float(fp16 x) {
 #if defined(UNMASK_PORTABLE)
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16, mant = x.bits & 0x3FFu, exp = (x.bits >> 10) & 0x1Fu;
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16, mant = x.bits & 0x3FFu,
+                 exp = (x.bits >> 10) & 0x1Fu;
   if (exp == 0x1Fu) return bits_to_float(sign | 0x7F800000u | (mant << 13));
   if (exp != 0) return bits_to_float(sign | ((exp + 112u) << 23) | (mant << 13));
   const float sub = static_cast<float>(mant) * 0x1p-24f;  // subnormal or zero: exact
@@ -46,14 +55,23 @@ UNMASK_INLINE float to_float(fp16 x) {
 UNMASK_INLINE void from_float(float x, float* o) { *o = x; }
 UNMASK_INLINE void from_float(float x, bf16* o) {  // round to nearest even; NaN stays NaN
   const uint32_t u = float_to_bits(x);
-  if ((u & 0x7FFFFFFFu) > 0x7F800000u) { o->bits = static_cast<uint16_t>((u >> 16) | 0x40u); return; }
+  if ((u & 0x7FFFFFFFu) > 0x7F800000u) {
+    o->bits = static_cast<uint16_t>((u >> 16) | 0x40u);
+    return;
+  }
   o->bits = static_cast<uint16_t>((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16);
 }
 UNMASK_INLINE void from_float(float x, fp16* o) {
 #if defined(UNMASK_PORTABLE)
   const uint32_t u = float_to_bits(x), sign = (u >> 16) & 0x8000u, a = u & 0x7FFFFFFFu;
-  if (a > 0x7F800000u) { o->bits = static_cast<uint16_t>(sign | 0x7E00u); return; }
-  if (a >= 0x477FF000u) { o->bits = static_cast<uint16_t>(sign | 0x7C00u); return; }  // rounds to infinity
+  if (a > 0x7F800000u) {
+    o->bits = static_cast<uint16_t>(sign | 0x7E00u);
+    return;
+  }
+  if (a >= 0x477FF000u) {
+    o->bits = static_cast<uint16_t>(sign | 0x7C00u);
+    return;
+  }  // rounds to infinity
   if (a < 0x38800000u) {  // subnormal: let the FPU round at 2^-24
     const float r = bits_to_float(a) + 0.5f;  // 0.5 has ulp 2^-24
     o->bits = static_cast<uint16_t>(sign | (float_to_bits(r) - 0x3F000000u));
@@ -72,9 +90,12 @@ struct vf { __m512 v; };
 UNMASK_INLINE vf vset(float x) { return {_mm512_set1_ps(x)}; }
 UNMASK_INLINE vf vload(const float* p) { return {_mm512_loadu_ps(p)}; }
 UNMASK_INLINE vf vload(const bf16* p) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};
+  return {_mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};
 }
-UNMASK_INLINE vf vload(const fp16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+UNMASK_INLINE vf vload(const fp16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
 UNMASK_INLINE void vstore(float* p, vf a) { _mm512_storeu_ps(p, a.v); }
 UNMASK_INLINE vf vadd(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }
 UNMASK_INLINE vf vsub(vf a, vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -87,7 +108,9 @@ UNMASK_INLINE float vreduce_max(vf a) { return _mm512_reduce_max_ps(a.v); }
 UNMASK_INLINE float vreduce_add(vf a) { return _mm512_reduce_add_ps(a.v); }
 UNMASK_INLINE vf vshl23(vf a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))}; }
 UNMASK_INLINE vf vbits_value(vf a) { return {_mm512_cvtepi32_ps(_mm512_castps_si512(a.v))}; }
-UNMASK_INLINE vf vload_half(const uint32_t* p) { return {_mm512_cvtepi32_ps(_mm512_srli_epi32(_mm512_loadu_si512(p), 1))}; }
+UNMASK_INLINE vf vload_half(const uint32_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_srli_epi32(_mm512_loadu_si512(p), 1))};
+}
 UNMASK_INLINE uint32_t vgt_mask(vf a, vf b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 UNMASK_INLINE uint32_t vge_mask(vf a, vf b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 #elif defined(UNMASK_AVX2)
@@ -96,9 +119,12 @@ struct vf { __m256 v; };
 UNMASK_INLINE vf vset(float x) { return {_mm256_set1_ps(x)}; }
 UNMASK_INLINE vf vload(const float* p) { return {_mm256_loadu_ps(p)}; }
 UNMASK_INLINE vf vload(const bf16* p) {
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16))};
+  return {_mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16))};
 }
-UNMASK_INLINE vf vload(const fp16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+UNMASK_INLINE vf vload(const fp16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 UNMASK_INLINE void vstore(float* p, vf a) { _mm256_storeu_ps(p, a.v); }
 UNMASK_INLINE vf vadd(vf a, vf b) { return {_mm256_add_ps(a.v, b.v)}; }
 UNMASK_INLINE vf vsub(vf a, vf b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -127,10 +153,15 @@ UNMASK_INLINE uint32_t vge_mask(vf a, vf b) { return _mm256_movemask_ps(_mm256_c
 #else
 constexpr int kW = 4;
 struct vf { float v[4]; };
-#define UNMASK_LANES(expr) vf r; for (int i = 0; i < 4; ++i) r.v[i] = (expr); return r
+#define UNMASK_LANES(expr)                     \
+  vf r;                                        \
+  for (int i = 0; i < 4; ++i) r.v[i] = (expr); \
+  return r
 UNMASK_INLINE vf vset(float x) { UNMASK_LANES(x); }
 template <class T> UNMASK_INLINE vf vload(const T* p) { UNMASK_LANES(to_float(p[i])); }
-UNMASK_INLINE void vstore(float* p, vf a) { for (int i = 0; i < 4; ++i) p[i] = a.v[i]; }
+UNMASK_INLINE void vstore(float* p, vf a) {
+  for (int i = 0; i < 4; ++i) p[i] = a.v[i];
+}
 UNMASK_INLINE vf vadd(vf a, vf b) { UNMASK_LANES(a.v[i] + b.v[i]); }
 UNMASK_INLINE vf vsub(vf a, vf b) { UNMASK_LANES(a.v[i] - b.v[i]); }
 UNMASK_INLINE vf vmul(vf a, vf b) { UNMASK_LANES(a.v[i] * b.v[i]); }
@@ -177,7 +208,9 @@ UNMASK_INLINE void vstore(bf16* p, vf a) {
   r = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(r));
 #else
-  float t[kW]; vstore(t, a); for (int i = 0; i < kW; ++i) from_float(t[i], p + i);
+  float t[kW];
+  vstore(t, a);
+  for (int i = 0; i < kW; ++i) from_float(t[i], p + i);
 #endif
 }
 UNMASK_INLINE void vstore(fp16* p, vf a) {
@@ -186,7 +219,9 @@ UNMASK_INLINE void vstore(fp16* p, vf a) {
 #elif defined(UNMASK_AVX2)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 #else
-  float t[kW]; vstore(t, a); for (int i = 0; i < kW; ++i) from_float(t[i], p + i);
+  float t[kW];
+  vstore(t, a);
+  for (int i = 0; i < kW; ++i) from_float(t[i], p + i);
 #endif
 }
 // First n < kW elements; the other lanes get `fill`.
@@ -207,20 +242,31 @@ UNMASK_INLINE vf vround(vf a, const float*) { return a; }
 UNMASK_INLINE vf vround(vf a, const bf16*) {
   const __m512i u = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const __m512i r = _mm512_and_si512(_mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7FFF)), _mm512_set1_epi32(-65536));
-  return {_mm512_mask_add_ps(_mm512_castsi512_ps(r), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v, a.v)};  // NaN: quiet, as it was
+  const __m512i r = _mm512_and_si512(_mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7FFF)),
+                                     _mm512_set1_epi32(-65536));
+  return {_mm512_mask_add_ps(_mm512_castsi512_ps(r), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v,
+                             a.v)};  // NaN: quiet, as it was
 }
-UNMASK_INLINE vf vround(vf a, const fp16*) { return {_mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT))}; }
+UNMASK_INLINE vf vround(vf a, const fp16*) {
+  return {_mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT))};
+}
 #elif defined(UNMASK_AVX2)
 UNMASK_INLINE vf vround(vf a, const bf16*) {
   const __m256i u = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  const __m256i r = _mm256_and_si256(_mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7FFF)), _mm256_set1_epi32(-65536));
+  const __m256i r = _mm256_and_si256(_mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7FFF)),
+                                     _mm256_set1_epi32(-65536));
   return {_mm256_blendv_ps(_mm256_castsi256_ps(r), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
 }
-UNMASK_INLINE vf vround(vf a, const fp16*) { return {_mm256_cvtph_ps(_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT))}; }
+UNMASK_INLINE vf vround(vf a, const fp16*) {
+  return {_mm256_cvtph_ps(_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT))};
+}
 #else
-template <class T> UNMASK_INLINE vf vround(vf a, const T*) { T t[kW]; vstore(t, a); return vload(static_cast<const T*>(t)); }
+template <class T> UNMASK_INLINE vf vround(vf a, const T*) {
+  T t[kW];
+  vstore(t, a);
+  return vload(static_cast<const T*>(t));
+}
 #endif
 
 }  // namespace unmask::cpu::UNMASK_ISA_NS

@@ -26,7 +26,13 @@ template <class E, class T, int LD, Order kOrder>
 class Attention {
  public:
   Attention(const AttentionParams& p, const AttentionEntry& e, const AttentionItem& it, float* scratch)
-      : p_(p), e_(e), it_(it), rows_(it.row_end - it.row_begin), dim_(p.dim), cells_(p.dim / kPerCell), out_dim_(padded_dim(p.dim)),
+      : p_(p),
+        e_(e),
+        it_(it),
+        rows_(it.row_end - it.row_begin),
+        dim_(p.dim),
+        cells_(p.dim / kPerCell),
+        out_dim_(padded_dim(p.dim)),
         x_(scratch_at(scratch, it.row_end - it.row_begin, p.dim)) {}
 
   void run() {
@@ -49,7 +55,8 @@ class Attention {
   void finish(State s) const {
     T* out = static_cast<T*>(p_.out);
     for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t row = it_.row_begin + r, token = e_.q_begin + row / p_.group, head = it_.head * p_.group + row % p_.group;
+      const int64_t row = it_.row_begin + r, token = e_.q_begin + row / p_.group,
+                    head = it_.head * p_.group + row % p_.group;
       const bool none = s.l[r] == 0.0f;
       const vf inverse = vset(none ? 0.0f : 1.0f / s.l[r]);
       T* y = out + (token * p_.q_heads + head) * dim_;
@@ -127,7 +134,10 @@ class Attention {
     int i = 0;
     for (int64_t g = 0; g < e_.segments && i < n; ++g) {
       const int64_t start = e_.seg[g * e_.seg_stride], length = e_.seg[g * e_.seg_stride + e_.seg_field_stride];
-      if (key >= length) { key -= length; continue; }
+      if (key >= length) {
+        key -= length;
+        continue;
+      }
       one = i == 0;
       for (; key < length && i < n; ++key) slot_[i++] = start + key;
       key = 0;
@@ -138,15 +148,16 @@ class Attention {
   void split(int64_t index, State state) {
     clear_state(state, rows_);
     const int64_t begin = index * kAttentionSplit, end = min64(max_end_, begin + kAttentionSplit);
-    for (int64_t key = begin; key < end; key += kTile) tile(key, static_cast<int>(min64(kTile, end - key)), state, key == begin);
+    for (int64_t key = begin; key < end; key += kTile)
+      tile(key, static_cast<int>(min64(kTile, end - key)), state, key == begin);
   }
 
   void tile(int64_t key, int n, State state, bool first) {
     const T* k = static_cast<const T*>(p_.k) + e_.row * p_.k_stride[0] + it_.head * p_.k_stride[1];
     const T* v = static_cast<const T*>(p_.v) + e_.row * p_.v_stride[0] + it_.head * p_.v_stride[1];
     const bool one_run = find_slots(key, n);
-    const bool k_direct = kCellsInPlace && one_run && p_.k_stride[3] == 1 && (LD == 0 || p_.k_stride[2] == LD * kPerCell) &&
-                          p_.k_stride[2] % kPerCell == 0;
+    const bool k_direct = kCellsInPlace && one_run && p_.k_stride[3] == 1 &&
+                          (LD == 0 || p_.k_stride[2] == LD * kPerCell) && p_.k_stride[2] % kPerCell == 0;
     const bool v_direct = sizeof(T) == 4 && one_run && p_.v_stride[3] == 1 && dim_ % kW == 0;
     const bool masked = min_end_ < key + n || (e_.mask != nullptr && key + n > e_.keys - p_.mask_width);
     const bool prefetch = one_run && key + kTile < max_end_;
@@ -168,13 +179,15 @@ class Attention {
 
   void scores(const T* k, int64_t r, int rows, int n, bool direct, bool prefetch) {
     const bool one_panel = rows_ <= kPanel, pack = !direct && r == 0;
-    const int64_t ld = direct ? p_.k_stride[2] / kPerCell : cells_, key_bytes = p_.k_stride[2] * static_cast<int64_t>(sizeof(T));
+    const int64_t ld = direct ? p_.k_stride[2] / kPerCell : cells_,
+                  key_bytes = p_.k_stride[2] * static_cast<int64_t>(sizeof(T));
     for (int i = 0; i < kPanel; ++i) x_.top[i] = minus_inf();
     for (int j = 0; j < n; j += kBlock) {
       const int block = n - j < kBlock ? n - j : kBlock;
       const char* from = reinterpret_cast<const char*>(k + slot_[j] * p_.k_stride[2]);
       Prefetch next{reinterpret_cast<uintptr_t>(from), 0};
-      if (prefetch && r == 0) next.at += static_cast<uintptr_t>(kTile * key_bytes), next.step = block * key_bytes / cells_;
+      if (prefetch && r == 0)
+        next.at += static_cast<uintptr_t>(kTile * key_bytes), next.step = block * key_bytes / cells_;
       if (!direct) {
         float* packed = one_panel ? x_.k : x_.k + j * cells_;
         if (pack)
@@ -184,7 +197,8 @@ class Attention {
       }
       const float* q = x_.q + r * cells_;
       const int depth = static_cast<int>(cells_);
-      if (rows > kW) scores_of<E, kBlock, 2, LD>(block, q, from, ld, depth, vset(p_.scale), next, x_.s + j * kPanel, x_.top);
+      if (rows > kW)
+        scores_of<E, kBlock, 2, LD>(block, q, from, ld, depth, vset(p_.scale), next, x_.s + j * kPanel, x_.top);
       else scores_of<E, kBlock, 1, LD>(block, q, from, ld, depth, vset(p_.scale), next, x_.s + j * kPanel, x_.top);
     }
   }
@@ -193,7 +207,8 @@ class Attention {
   void mask_scores(int64_t r0, int rows, int64_t key, int n) {
     float limit[kPanel] = {0.0f};
     for (int i = 0; i < rows; ++i)
-      limit[i] = p_.q_end == nullptr ? static_cast<float>(n) : static_cast<float>(max64(0, min64(n, x_.end[r0 + i] - key)));
+      limit[i] =
+          p_.q_end == nullptr ? static_cast<float>(n) : static_cast<float>(max64(0, min64(n, x_.end[r0 + i] - key)));
     const int from = e_.mask == nullptr ? n : static_cast<int>(max64(0, min64(n, e_.keys - p_.mask_width - key)));
     for (int i = 0; i < rows; ++i) {
       const int64_t token = token_of(r0 + i);
@@ -225,7 +240,8 @@ class Attention {
           const vf p0 = round_bf16(exp2_neg(vsub(vload(s + j * kPanel), safe)));
           const vf p1 = j + 1 < n ? round_bf16(exp2_neg(vsub(vload(s + (j + 1) * kPanel), safe))) : vset(0.0f);
           sum = vadd(vadd(sum, p0), p1);
-          const __m512i pair = _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(p0.v), 16), _mm512_castps_si512(p1.v));
+          const __m512i pair =
+              _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(p0.v), 16), _mm512_castps_si512(p1.v));
           _mm512_storeu_si512(s + j / 2 * kPanel, pair);
         }
 #endif
@@ -266,17 +282,21 @@ class Attention {
   }
 
   // O = alpha O + P V for columns [d, d + width) and rows [r0, r1) of the panel that starts at row r.
-  void accumulate(const float* v, int64_t v_step, int64_t d, int64_t r, int r0, int r1, int n, State state, bool first, Prefetch next) {
+  void accumulate(const float* v, int64_t v_step, int64_t d, int64_t r, int r0, int r1, int n, State state, bool first,
+                  Prefetch next) {
     const int depth = (n + kPerCell - 1) / kPerCell;
     float* o = state.o + (r + r0) * out_dim_ + d;
     const float *p = x_.s + r0, *alpha = x_.alpha + r + r0;
-    if (E::kDot || dim_ - d > kW) outputs_of<E, kBlock, 2>(r1 - r0, p, v, v_step, depth, alpha, first, next, o, out_dim_);
+    if (E::kDot || dim_ - d > kW)
+      outputs_of<E, kBlock, 2>(r1 - r0, p, v, v_step, depth, alpha, first, next, o, out_dim_);
     else outputs_of<E, kBlock, 1>(r1 - r0, p, v, v_step, depth, alpha, first, next, o, out_dim_);
   }
 
   void output(const T* v, int64_t r, int rows, int n, State state, bool first, bool direct, bool ready, bool prefetch) {
-    const int64_t key_cells = (n + kPerCell - 1) / kPerCell, key_bytes = p_.v_stride[2] * static_cast<int64_t>(sizeof(T));
-    const int64_t blocks = (dim_ + kPanel - 1) / kPanel * ((rows + kBlock - 1) / kBlock), bytes = n * key_bytes / blocks;
+    const int64_t key_cells = (n + kPerCell - 1) / kPerCell,
+                  key_bytes = p_.v_stride[2] * static_cast<int64_t>(sizeof(T));
+    const int64_t blocks = (dim_ + kPanel - 1) / kPanel * ((rows + kBlock - 1) / kBlock),
+                  bytes = n * key_bytes / blocks;
     const uintptr_t tile = reinterpret_cast<uintptr_t>(v + slot_[0] * p_.v_stride[2]);
     Prefetch next{tile, 0};
     if (prefetch) next.at += static_cast<uintptr_t>(kTile * key_bytes), next.step = bytes / key_cells;
@@ -323,14 +343,16 @@ class Attention {
 
 // Calls f(Attention) for the dtype, the head dim and the order of d that the two imply.
 template <class E, class T, Order order, class F>
-inline void with_dim(const AttentionParams& p, const AttentionEntry& e, const AttentionItem& it, float* scratch, const F& f) {
+inline void with_dim(const AttentionParams& p, const AttentionEntry& e, const AttentionItem& it, float* scratch,
+                     const F& f) {
   constexpr int kPerCell = E::kDot ? 2 : 1;
   if (p.dim == 128) f(Attention<E, T, 128 / kPerCell, order>(p, e, it, scratch));
   else if (p.dim == 64) f(Attention<E, T, 64 / kPerCell, order>(p, e, it, scratch));
   else f(Attention<E, T, 0, order>(p, e, it, scratch));
 }
 template <class F>
-inline void with_attention(const AttentionParams& p, const AttentionEntry& e, const AttentionItem& it, float* scratch, const F& f) {
+inline void with_attention(const AttentionParams& p, const AttentionEntry& e, const AttentionItem& it, float* scratch,
+                           const F& f) {
   if (p.dtype == 0) return with_dim<Fp32, float, kNatural>(p, e, it, scratch, f);
   if (p.dtype == 2) return with_dim<Fp32, fp16, kNatural>(p, e, it, scratch, f);
 #if defined(UNMASK_ISA_IS_AVX512BF16)
@@ -345,7 +367,9 @@ inline void with_attention(const AttentionParams& p, const AttentionEntry& e, co
 
 }  // namespace
 
-int64_t block_attention_scratch(const AttentionParams& p, int64_t rows) { return scratch_at(nullptr, rows, p.dim).floats; }
+int64_t block_attention_scratch(const AttentionParams& p, int64_t rows) {
+  return scratch_at(nullptr, rows, p.dim).floats;
+}
 int64_t block_attention_partial(const AttentionParams& p, int64_t rows) { return state_floats(rows, p.dim); }
 
 void block_attention_item(const AttentionParams& p, const AttentionEntry& e, const AttentionItem& it, float* scratch) {

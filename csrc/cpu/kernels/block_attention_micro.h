@@ -26,13 +26,20 @@ constexpr int kBlock = 6;  // 6 x 2 + 2 + 1 of 16
 constexpr int kBlock = 4;
 #endif
 
-UNMASK_INLINE vf load_cell(const char* p) { float f; __builtin_memcpy(&f, p, 4); return vset(f); }
+UNMASK_INLINE vf load_cell(const char* p) {
+  float f;
+  __builtin_memcpy(&f, p, 4);
+  return vset(f);
+}
 
 // Addresses to bring into L2 while a block computes: the same keys of the next tile. Never dereferenced, may point anywhere.
 struct Prefetch {
   uintptr_t at;
   int64_t step;  // bytes per iteration
-  UNMASK_INLINE_MEMBER void go() { __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2); at += static_cast<uintptr_t>(step); }
+  UNMASK_INLINE_MEMBER void go() {
+    __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
+    at += static_cast<uintptr_t>(step);
+  }
 };
 
 struct Fp32 {
@@ -56,7 +63,8 @@ struct Bf16Dot {
     const __m512i ai = _mm512_castps_si512(a.v), bi = _mm512_castps_si512(b.v);
     const __m512 odd = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(ai, top)),
                                        _mm512_castsi512_ps(_mm512_and_si512(bi, top)), c.v);
-    return {_mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(ai, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(bi, 16)), odd)};
+    return {_mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(ai, 16)),
+                            _mm512_castsi512_ps(_mm512_slli_epi32(bi, 16)), odd)};
 #else
     return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
 #endif
@@ -67,7 +75,8 @@ struct Bf16Dot {
 // S^T block: MR keys x NV row vectors. q: [depth][kPanel]; k: the first key's cells, keys `ld` cells apart (LD when it is known);
 // s: [MR][kPanel]; top: running maximum over keys, per row. NaN scores do not enter it. `next` advances by next.step per iteration.
 template <class E, int MR, int NV, int LD>
-UNMASK_INLINE void score_block(const float* q, const char* k, int64_t ld, int depth, vf scale, Prefetch next, float* s, float* top) {
+UNMASK_INLINE void score_block(const float* q, const char* k, int64_t ld, int depth, vf scale, Prefetch next, float* s,
+                               float* top) {
   const int64_t step = 4 * (LD ? LD : ld);
   vf acc[MR][NV];
 #pragma GCC unroll 16
@@ -103,8 +112,8 @@ UNMASK_INLINE void score_block(const float* q, const char* k, int64_t ld, int de
 // O block: MR rows x NV vectors of d. o = (first ? 0 : alpha[row] * o) + sum over `depth` cells of p[c][row] * v[c][d].
 // p: first row of the block, cells kPanel apart; v: [depth] cells `v_step` floats apart; o: rows `ld` floats apart.
 template <class E, int MR, int NV>
-UNMASK_INLINE void output_block(const float* p, const float* v, int64_t v_step, int depth, const float* alpha, bool first,
-                                Prefetch next, float* o, int64_t ld) {
+UNMASK_INLINE void output_block(const float* p, const float* v, int64_t v_step, int depth, const float* alpha,
+                                bool first, Prefetch next, float* o, int64_t ld) {
   vf acc[MR][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
@@ -135,7 +144,8 @@ UNMASK_INLINE void output_block(const float* p, const float* v, int64_t v_step, 
 constexpr int smaller_block(int rows) { return rows > 8 ? 8 : rows > 4 ? 4 : rows / 2; }
 
 template <class E, int MR, int NV, int LD>
-inline void scores_of(int n, const float* q, const char* k, int64_t ld, int depth, vf scale, Prefetch next, float* s, float* top) {
+inline void scores_of(int n, const float* q, const char* k, int64_t ld, int depth, vf scale, Prefetch next, float* s,
+                      float* top) {
   for (; n >= MR; n -= MR) {
     score_block<E, MR, NV, LD>(q, k, ld, depth, scale, next, s, top);
     k += 4 * MR * ld;
@@ -146,8 +156,8 @@ inline void scores_of(int n, const float* q, const char* k, int64_t ld, int dept
   }
 }
 template <class E, int MR, int NV>
-inline void outputs_of(int n, const float* p, const float* v, int64_t v_step, int depth, const float* alpha, bool first, Prefetch next,
-                       float* o, int64_t ld) {
+inline void outputs_of(int n, const float* p, const float* v, int64_t v_step, int depth, const float* alpha, bool first,
+                       Prefetch next, float* o, int64_t ld) {
   for (; n >= MR; n -= MR) {
     output_block<E, MR, NV>(p, v, v_step, depth, alpha, first, next, o, ld);
     next.at += static_cast<uintptr_t>(next.step * depth);
@@ -163,9 +173,11 @@ inline void outputs_of(int n, const float* p, const float* v, int64_t v_step, in
 // x where limit > j, else -inf, per lane.
 UNMASK_INLINE vf keep_below(vf limit, float j, vf x) {
 #if defined(UNMASK_AVX512)
-  return {_mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), _mm512_cmp_ps_mask(limit.v, _mm512_set1_ps(j), _CMP_GT_OQ), x.v)};
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()),
+                             _mm512_cmp_ps_mask(limit.v, _mm512_set1_ps(j), _CMP_GT_OQ), x.v)};
 #elif defined(UNMASK_AVX2)
-  return {_mm256_blendv_ps(_mm256_set1_ps(-__builtin_inff()), x.v, _mm256_cmp_ps(limit.v, _mm256_set1_ps(j), _CMP_GT_OQ))};
+  return {
+      _mm256_blendv_ps(_mm256_set1_ps(-__builtin_inff()), x.v, _mm256_cmp_ps(limit.v, _mm256_set1_ps(j), _CMP_GT_OQ))};
 #else
   vf r;
   for (int i = 0; i < kW; ++i) r.v[i] = limit.v[i] > j ? x.v[i] : -__builtin_inff();

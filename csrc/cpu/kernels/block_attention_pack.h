@@ -23,7 +23,8 @@ UNMASK_INLINE void widen_even_odd(const bf16* x, float* out) {
 #else
   const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_slli_epi32(u, 16));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + kW), _mm256_and_si256(u, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + kW),
+                      _mm256_and_si256(u, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
 #endif
 }
 #endif
@@ -65,17 +66,20 @@ UNMASK_INLINE void transpose_cells(const float* in, int64_t ld, float* out) {
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(in + i * ld);
 #pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  for (int i = 0; i < 16; i += 2)
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
 #pragma GCC unroll 4
   for (int i = 0; i < 16; i += 4) {  // a[i + j]: in each 128-bit lane l, column 4l + j of rows i .. i + 3
-    const __m512d p = _mm512_castps_pd(b[i]), q = _mm512_castps_pd(b[i + 1]), r = _mm512_castps_pd(b[i + 2]), s = _mm512_castps_pd(b[i + 3]);
+    const __m512d p = _mm512_castps_pd(b[i]), q = _mm512_castps_pd(b[i + 1]), r = _mm512_castps_pd(b[i + 2]),
+                  s = _mm512_castps_pd(b[i + 3]);
     a[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(p, r)), a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(p, r));
     a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(q, s)), a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(q, s));
   }
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     const __m512 lo01 = _mm512_shuffle_f32x4(a[j], a[j + 4], 0x44), hi01 = _mm512_shuffle_f32x4(a[j], a[j + 4], 0xEE);
-    const __m512 lo23 = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0x44), hi23 = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0xEE);
+    const __m512 lo23 = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0x44),
+                 hi23 = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0xEE);
     _mm512_storeu_ps(out + j * kPanel, _mm512_shuffle_f32x4(lo01, lo23, 0x88));
     _mm512_storeu_ps(out + (4 + j) * kPanel, _mm512_shuffle_f32x4(lo01, lo23, 0xDD));
     _mm512_storeu_ps(out + (8 + j) * kPanel, _mm512_shuffle_f32x4(hi01, hi23, 0x88));

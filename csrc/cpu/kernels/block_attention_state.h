@@ -17,9 +17,7 @@ UNMASK_INLINE int64_t padded_dim(int64_t dim) { return round_up(dim, kPanel); }
 
 // Per row: maximum m of the scores so far (in powers of two), sum l of 2^(s - m), and o = sum of 2^(s - m) V, padded_dim apart.
 // m starts at -inf and is used as max(m, -FLT_MAX), so a row that has seen nothing stays m = -inf, l = 0 without any NaN.
-struct State {
-  float *m, *l, *o;
-};
+struct State { float *m, *l, *o; };
 UNMASK_INLINE int64_t state_floats(int64_t rows, int64_t dim) { return round_up(rows, kPanel) * (2 + padded_dim(dim)); }
 UNMASK_INLINE State state_at(float* x, int64_t rows) {
   const int64_t padded = round_up(rows, kPanel);
@@ -52,18 +50,22 @@ inline void merge_state(State total, State part, int64_t rows, int64_t dim) {
 }
 
 struct Scratch {
-  float *q;             // Q^T panels
+  float* q;             // Q^T panels
   float *state, *total;  // of one split, of the splits so far; total also holds Q rows before they are transposed
   float *alpha, *top;   // per row: factor of the old o, maximum of the tile
   float *s, *k, *v;     // S^T then P^T of a panel; K and V cells of a tile
-  int64_t *end;         // per row: how many of the entry's keys q_end lets it see
+  int64_t* end;         // per row: how many of the entry's keys q_end lets it see
   int64_t floats;
 };
 inline Scratch scratch_at(float* base, int64_t rows, int64_t dim) {
   const int64_t padded = round_up(rows, kPanel), state = state_floats(rows, dim);
   Scratch x;
   int64_t at = 0;
-  const auto take = [&](int64_t n) { const int64_t was = at; at += round_up(n, 16); return base == nullptr ? nullptr : base + was; };
+  const auto take = [&](int64_t n) {
+    const int64_t was = at;
+    at += round_up(n, 16);
+    return base == nullptr ? nullptr : base + was;
+  };
   x.q = take(padded * dim), x.state = take(state), x.total = take(state), x.alpha = take(padded), x.top = take(kPanel);
   x.s = take(kTile * kPanel), x.k = take(kTile * dim), x.v = take(kTile * padded_dim(dim));
   x.end = reinterpret_cast<int64_t*>(take(2 * padded));

@@ -49,7 +49,11 @@ UNMASK_INLINE void fold_candidates(const T* x, int n, int64_t base, const float*
     float v = lanes[i];
     if (!(v > best[k - 1])) continue;
     for (int j = 0; j < k; ++j) {
-      if (v > best[j]) { const float old = best[j]; best[j] = v; v = old; }
+      if (v > best[j]) {
+        const float old = best[j];
+        best[j] = v;
+        v = old;
+      }
     }
   }
   const float floor = best[k - 1] > neg_inf() ? below(best[k - 1]) : neg_inf();
@@ -82,7 +86,8 @@ UNMASK_INLINE vf score_bound(const uint32_t* words, vf x, vf temperature) {
 }
 
 template <class T>
-UNMASK_INLINE void exact_scores(const T* x, int n, int64_t base, const uint32_t* words, float temperature, Sample* best) {
+UNMASK_INLINE void exact_scores(const T* x, int n, int64_t base, const uint32_t* words, float temperature,
+                                Sample* best) {
   float g[kW], value[kW];
   for (int l = 0; l < kW; ++l) g[l] = gumbel_from_bits(words[l]);
   vstore(value, n >= kW ? vload(x) : vload_n(x, n, neg_inf()));
@@ -117,8 +122,8 @@ UNMASK_INLINE void fold_noise(const T* x, int n, int64_t base, const NoiseKey& k
 
 // ---- one chunk ----------------------------------------------------------------------------------------------------
 template <class T>
-UNMASK_INLINE void fold_wins(const StatsArgs& a, const T* x, int n, int64_t base, const NoiseKey& key, const float* lanes,
-                             float m, StatsState* st) {
+UNMASK_INLINE void fold_wins(const StatsArgs& a, const T* x, int n, int64_t base, const NoiseKey& key,
+                             const float* lanes, float m, StatsState* st) {
   fold_candidates(x, n, base, lanes, m, st);
   if (a.temperature > 0.0f) fold_noise(x, n, base, key, a.temperature, st);
 }
@@ -137,7 +142,8 @@ UNMASK_INLINE int64_t first_at_least(const int32_t* list, int64_t n, int64_t id)
   int64_t lo = 0, hi = n;
   while (lo < hi) {
     const int64_t mid = (lo + hi) / 2;
-    if (list[mid] < id) lo = mid + 1; else hi = mid;
+    if (list[mid] < id) lo = mid + 1;
+    else hi = mid;
   }
   return lo;
 }
@@ -171,8 +177,8 @@ void fold(const StatsArgs& a, int64_t entry, int64_t row, int64_t chunk_begin, i
   const T* x = static_cast<const T*>(a.logits) + row * a.row_stride;
   NoiseKey key;
   if (a.temperature > 0.0f) {
-    set_key(&key, static_cast<uint64_t>(a.seed[entry * a.seed_stride]), static_cast<uint32_t>(a.pos[entry * a.pos_stride]),
-            static_cast<uint32_t>(a.step[entry * a.step_stride]));
+    set_key(&key, static_cast<uint64_t>(a.seed[entry * a.seed_stride]),
+            static_cast<uint32_t>(a.pos[entry * a.pos_stride]), static_cast<uint32_t>(a.step[entry * a.step_stride]));
   }
   uint64_t biased = 0;  // bit c % 64: a chunk c that may hold a biased id
   for (int64_t j = 0; j < a.n_bias; ++j) {
@@ -186,7 +192,8 @@ void fold(const StatsArgs& a, int64_t entry, int64_t row, int64_t chunk_begin, i
     const T* chunk = x + first * a.col_stride;
     const int64_t fb = first_at_least(a.forbid, a.n_forbid, base), fe = first_at_least(a.forbid, a.n_forbid, base + n);
     const int64_t sb = first_at_least(a.suppress, a.n_suppress, base);
-    const bool changed = fb < fe || (sb < a.n_suppress && a.suppress[sb] < base + n) || ((biased >> ((base / kChunk) & 63)) & 1) != 0;
+    const bool changed =
+        fb < fe || (sb < a.n_suppress && a.suppress[sb] < base + n) || ((biased >> ((base / kChunk) & 63)) & 1) != 0;
     if (a.col_stride == 1 && !changed) {
       fold_chunk(a, chunk, n, base, key, st);
       continue;
@@ -195,7 +202,9 @@ void fold(const StatsArgs& a, int64_t entry, int64_t row, int64_t chunk_begin, i
     modified_chunk(a, entry, chunk, n, base, scratch);
     chunk_max(scratch, n, lanes);
     float m = max_of(lanes);
-    fold_sum(kEvenOdd<T> ? chunk_sum_any(reinterpret_cast<const EvenOdd*>(scratch), n, m) : chunk_sum_any(scratch, n, m), st);
+    fold_sum(
+        kEvenOdd<T> ? chunk_sum_any(reinterpret_cast<const EvenOdd*>(scratch), n, m) : chunk_sum_any(scratch, n, m),
+        st);
     if (fb < fe) {  // forbidden ids stay in the sum but cannot win
       for (int64_t j = fb; j < fe; ++j) scratch[a.forbid[j] - base] = neg_inf();
       chunk_max(scratch, n, lanes);
@@ -226,7 +235,8 @@ int32_t at_ids(const StatsArgs& a, int64_t entry, int64_t row, float* out, int64
 
 }  // namespace
 
-void stats_fold(const StatsArgs& args, int64_t entry, int64_t row, int64_t chunk_begin, int64_t chunk_end, StatsState* state) {
+void stats_fold(const StatsArgs& args, int64_t entry, int64_t row, int64_t chunk_begin, int64_t chunk_end,
+                StatsState* state) {
   switch (args.type) {
     case LogitType::f32: return fold<float>(args, entry, row, chunk_begin, chunk_end, state);
     case LogitType::bf16: return fold<bf16>(args, entry, row, chunk_begin, chunk_end, state);
@@ -256,7 +266,11 @@ void stats_outputs(const StatsOutputs& args, int64_t entry, const StatsState* st
   args.token[entry] = r.token;
   args.status[entry] = r.status;
   float* stats = args.stats + entry * 5;
-  stats[0] = r.p; stats[1] = r.p1; stats[2] = r.p2; stats[3] = r.entropy; stats[4] = r.logsumexp;
+  stats[0] = r.p;
+  stats[1] = r.p1;
+  stats[2] = r.p2;
+  stats[3] = r.entropy;
+  stats[4] = r.logsumexp;
   for (int64_t i = 0; i < args.n_ids; ++i) {
     float* at = args.at_ids + (entry * args.n_ids + i) * 2;
     if (!valid) at[1] = none ? 0.0f : quiet_nan();

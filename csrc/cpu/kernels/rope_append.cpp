@@ -75,7 +75,8 @@ UNMASK_INLINE void rotate_pair(vf a, vf b, const float* c, const float* s, vf* f
 
 // One head, dense rows. kNorm: x is normalised and weighted on the way in, both roundings of the dtype included.
 template <class T, bool kNorm>
-UNMASK_INLINE void rotate_head(const T* x, T* out, const T* weight, float eps, const float* c, const float* s, int64_t freqs, int64_t dim) {
+UNMASK_INLINE void rotate_head(const T* x, T* out, const T* weight, float eps, const float* c, const float* s,
+                               int64_t freqs, int64_t dim) {
   const T* const kind = nullptr;
   const vf scale = vset(kNorm ? inverse_rms(x, dim, eps) : 1.0f);
   const auto load = [&](int64_t i) __attribute__((always_inline)) {
@@ -128,7 +129,8 @@ UNMASK_INLINE void scatter(const T* x, T* out, int64_t stride, int64_t dim) {
 }
 
 template <class T>
-UNMASK_INLINE void rotate_any(const RopeParams& p, const T* x, const T* weight, const float* c, const float* s, T* out) {
+UNMASK_INLINE void rotate_any(const RopeParams& p, const T* x, const T* weight, const float* c, const float* s,
+                              T* out) {
   if (weight != nullptr) rotate_head<T, true>(x, out, weight, p.eps, c, s, p.freqs, p.dim);
   else rotate_head<T, false>(x, out, weight, p.eps, c, s, p.freqs, p.dim);
 }

@@ -108,6 +108,16 @@ STAGES: tuple[tuple[int, tuple[Kind, ...]], ...] = (
             ),
         ),
     ),
+    (
+        3500,
+        _by_length(
+            _shares(add=0.08, sort=0.22, reverse=0.12, pair=0.58),
+            _shares(add=0.03, sort=0.12, reverse=0.07, pair=0.5, close=0.03, finish=0.1, function=0.15),
+            _shares(
+                add=0.08, sort=0.12, reverse=0.08, pair=0.36, close=0.04, finish=0.08, function=0.14, json=0.1
+            ),
+        ),
+    ),
 )
 """(from step, kinds of rows). Rows are mostly as short as their tasks allow, for speed; some are long, so that long
 canvases work too. The first steps use longer rows: what fills a canvas after an answer is learned there. Closing
@@ -243,7 +253,7 @@ def one_step(run: Run, batch: Batch, rate: float, dtype: torch.dtype) -> float:
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.network.parameters(), 1.0)
     run.optimizer.step()
-    decay = min(0.997, (run.step + 1) / (run.step + 10))
+    decay = min(0.99, (run.step + 1) / (run.step + 10))
     with torch.no_grad():
         weights = [w.detach() for w in run.network.parameters()]
         torch._foreach_lerp_(list(run.average.values()), weights, 1 - decay)
@@ -295,7 +305,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the state and, under model/, the checkpoint"
     )
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=3900)
     parser.add_argument("--rows", type=int, default=128, help="examples per step")
     parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
