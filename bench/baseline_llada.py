@@ -35,8 +35,20 @@ class Llada:
         self.theta = config["rope_theta"]
         self.eps = config["rms_norm_eps"]
         self.weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-        self.names = ("attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm", "ff_proj", "up_proj", "ff_out")
-        self.blocks = [[self.weights[_LAYER.format(i, name)] for name in self.names] for i in range(self.layers)]
+        self.names = (
+            "attn_norm",
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "attn_out",
+            "ff_norm",
+            "ff_proj",
+            "up_proj",
+            "ff_out",
+        )
+        self.blocks = [
+            [self.weights[_LAYER.format(i, name)] for name in self.names] for i in range(self.layers)
+        ]
         self.embedding = self.weights["model.transformer.wte.weight"]
         self.final_norm = self.weights["model.transformer.ln_f.weight"]
         self.head = self.weights["model.transformer.ff_out.weight"]
@@ -59,7 +71,9 @@ class Llada:
             bias = self._causal_bias(length)[:, :, :length, :length].to(torch.float)
         presents = [] if use_cache else None
         for i, block in enumerate(self.blocks):
-            x, present = self._block(block, x, bias, past[i] if past is not None else None, use_cache, replace_position)
+            x, present = self._block(
+                block, x, bias, past[i] if past is not None else None, use_cache, replace_position
+            )
             if presents is not None:
                 presents.append(present)
         return F.linear(self._norm(x, self.final_norm), self.head), presents
@@ -120,7 +134,9 @@ class Llada:
 
     def _tables(self, length):
         if self._sin.shape[-2] < length:
-            inv_freq = 1.0 / (self.theta ** (torch.arange(0, self.head_dim, 2, dtype=torch.float) / self.head_dim))
+            inv_freq = 1.0 / (
+                self.theta ** (torch.arange(0, self.head_dim, 2, dtype=torch.float) / self.head_dim)
+            )
             angle = torch.outer(torch.arange(length, dtype=torch.float), inv_freq)
             angle = torch.cat((angle, angle), dim=-1)[None, None]
             self._sin, self._cos = angle.sin(), angle.cos()
@@ -159,7 +175,9 @@ def select(logits, mask_index, x, quota, threshold, softmax_dtype):
 
 def _canvas(prompt, steps, gen_length, block_length, mask_id):
     if gen_length % block_length or steps % (gen_length // block_length):
-        raise ValueError(f"expected block_length | gen_length and blocks | steps, got {gen_length}, {block_length}, {steps}")
+        raise ValueError(
+            f"expected block_length | gen_length and blocks | steps, got {gen_length}, {block_length}, {steps}"
+        )
     x = torch.full((prompt.shape[0], prompt.shape[1] + gen_length), mask_id, dtype=torch.long)
     x[:, : prompt.shape[1]] = prompt
     starts = range(prompt.shape[1], x.shape[1], block_length)
@@ -197,7 +215,9 @@ def generate(model, prompt, steps, gen_length, block_length, mask_id, threshold=
             mask_index = x == mask_id
             logits, _ = model(x)
             mask_index[:, end:] = False
-            proposal, transfer = select(logits, mask_index, x, None if threshold else quota[:, i], threshold, torch.float64)
+            proposal, transfer = select(
+                logits, mask_index, x, None if threshold else quota[:, i], threshold, torch.float64
+            )
             x[transfer] = proposal[transfer]
             i += 1
             if (x[:, start:end] == mask_id).sum() == 0:
@@ -219,7 +239,9 @@ def generate_with_prefix_cache(model, prompt, steps, gen_length, block_length, m
             mask_index[:, end - start :] = False
             logits, _ = model(x[:, start:], past=past, use_cache=True)
             torch.argmax(logits, dim=-1)
-            proposal, transfer = select(logits, mask_index, x[:, start:], None if threshold else quota[:, i], threshold, torch.float64)
+            proposal, transfer = select(
+                logits, mask_index, x[:, start:], None if threshold else quota[:, i], threshold, torch.float64
+            )
             x[:, start:][transfer] = proposal[transfer]
             if (x[:, start:end] == mask_id).sum() == 0:
                 break
@@ -240,7 +262,14 @@ def generate_with_dual_cache(model, prompt, steps, gen_length, block_length, mas
         while True:
             mask_index = x[:, start:end] == mask_id
             logits, _ = model(x[:, start:end], past=past, use_cache=True, replace_position=replace_position)
-            proposal, transfer = select(logits, mask_index, x[:, start:end], None if threshold else quota[:, i], threshold, torch.float64)
+            proposal, transfer = select(
+                logits,
+                mask_index,
+                x[:, start:end],
+                None if threshold else quota[:, i],
+                threshold,
+                torch.float64,
+            )
             x[:, start:end][transfer] = proposal[transfer]
             if (x[:, start:end] == mask_id).sum() == 0:
                 break
@@ -254,7 +283,9 @@ def _open_block(model, x, start, end, steps, mask_id, threshold):
     logits, past = model(x, use_cache=True)
     mask_index = x == mask_id
     mask_index[:, end:] = False
-    proposal, transfer = select(logits, mask_index, x, None if threshold else quota[:, 0], threshold, torch.float64)
+    proposal, transfer = select(
+        logits, mask_index, x, None if threshold else quota[:, 0], threshold, torch.float64
+    )
     x[transfer] = proposal[transfer]
     return quota, past
 
@@ -264,11 +295,38 @@ LOOPS = {"none": generate, "prefix": generate_with_prefix_cache, "dual": generat
 
 def bench_config(**changes) -> dict:
     """config.json of the end-to-end bench: LLaDA's layout at d 512, 8 layers, 8 heads, ffn 1536, LLaDA's vocabulary."""
-    size = dict(d_model=512, n_layers=8, n_heads=8, n_kv_heads=8, mlp_hidden_size=1536, vocab_size=126464, embedding_size=126464)
+    size = dict(
+        d_model=512,
+        n_layers=8,
+        n_heads=8,
+        n_kv_heads=8,
+        mlp_hidden_size=1536,
+        vocab_size=126464,
+        embedding_size=126464,
+    )
     ids = dict(mask_token_id=126336, eos_token_id=126081, pad_token_id=126081)
-    kind = dict(model_type="llada", architectures=["LLaDAModelLM"], block_type="llama", layer_norm_type="rms", activation_type="silu")
-    flags = dict(rope=True, rope_full_precision=True, include_bias=False, include_qkv_bias=False, weight_tying=False, alibi=False)
-    rest = dict(rope_theta=500000.0, rms_norm_eps=1e-5, max_sequence_length=4096, attention_layer_norm=False, scale_logits=False)
+    kind = dict(
+        model_type="llada",
+        architectures=["LLaDAModelLM"],
+        block_type="llama",
+        layer_norm_type="rms",
+        activation_type="silu",
+    )
+    flags = dict(
+        rope=True,
+        rope_full_precision=True,
+        include_bias=False,
+        include_qkv_bias=False,
+        weight_tying=False,
+        alibi=False,
+    )
+    rest = dict(
+        rope_theta=500000.0,
+        rms_norm_eps=1e-5,
+        max_sequence_length=4096,
+        attention_layer_norm=False,
+        scale_logits=False,
+    )
     return kind | size | ids | flags | rest | changes
 
 
@@ -288,7 +346,9 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
         "model.transformer.ln_f.weight": scale(),
         "model.transformer.ff_out.weight": normal(vocab, d, 3.0),
     }
-    weights["model.transformer.ff_out.weight"][config["mask_token_id"]] = 0.0  # the mask token is never predicted
+    weights["model.transformer.ff_out.weight"][config["mask_token_id"]] = (
+        0.0  # the mask token is never predicted
+    )
     for i in range(config["n_layers"]):
         shapes = dict(q_proj=(d, d, 2.0), k_proj=(d, d, 2.0), v_proj=(d, d), attn_out=(d, d))
         shapes |= dict(ff_proj=(ffn, d), up_proj=(ffn, d), ff_out=(d, ffn))

@@ -64,7 +64,14 @@ class Bench:
 
     def ours(self, cache: str, rows: int = 1):
         prompt = self.prompt if rows == 1 else [self.prompt] * rows
-        settings = dict(max_new_tokens=self.new_tokens, steps=self.new_tokens, block_size=BLOCK, policy="quota", cache=cache, eos_stop=False)
+        settings = dict(
+            max_new_tokens=self.new_tokens,
+            steps=self.new_tokens,
+            block_size=BLOCK,
+            policy="quota",
+            cache=cache,
+            eos_stop=False,
+        )
         if self.share(cache) > 1:
             for event in unmask.stream(self.model, prompt, **settings):
                 if event.kind == "commit" and event.masks_left == 0:
@@ -85,7 +92,10 @@ class Bench:
         self.results[f"theirs {name}"] = (canvas[0].tolist(), nfe)
 
     def compare(self, cache: str) -> dict[str, object]:
-        (ours, our_nfe), (theirs, their_nfe) = self.results[f"ours {cache} 1"], self.results[f"theirs {cache}"]
+        (ours, our_nfe), (theirs, their_nfe) = (
+            self.results[f"ours {cache} 1"],
+            self.results[f"theirs {cache}"],
+        )
         differing = sum(a != b for a, b in zip(ours[PROMPT:], theirs[PROMPT:], strict=True))
         return {"NFE": our_nfe, "NFE baseline": their_nfe, "differing tokens": differing}
 
@@ -101,12 +111,16 @@ class Progress:
         self.bar.update()
 
 
-def run_case(bench: Bench, dtype: str, cache: str, rounds: int, floor: float, fmt: str, progress) -> dict[str, object]:
+def run_case(
+    bench: Bench, dtype: str, cache: str, rounds: int, floor: float, fmt: str, progress
+) -> dict[str, object]:
     fns = {"ours": lambda: bench.ours(cache), "baseline": lambda: bench.theirs(cache)}
     if cache == "none":
         fns["llada"] = lambda: bench.theirs("llada")
     bench.ours(cache)  # allocator and packed formats warm; the baseline has none of either
-    times = timing.measure(fns, rounds=rounds, min_time=0, min_samples=1, sample_time=0, warmup=0, progress=progress)
+    times = timing.measure(
+        fns, rounds=rounds, min_time=0, min_samples=1, sample_time=0, warmup=0, progress=progress
+    )
     times = {name: t * bench.share(cache) for name, t in times.items()}
     ratio, n = times["baseline"] / times["ours"], bench.new_tokens
     row = {
@@ -126,7 +140,9 @@ def run_case(bench: Bench, dtype: str, cache: str, rounds: int, floor: float, fm
 def run_batch(bench: Bench, dtype: str, cache: str, rounds: int, progress) -> dict[str, object]:
     bench.ours(cache, BATCH)
     fns = {"batch": lambda: bench.ours(cache, BATCH), "alone": lambda: bench.ours(cache)}
-    times = timing.measure(fns, rounds=rounds, min_time=0, min_samples=1, sample_time=0, warmup=0, progress=progress)
+    times = timing.measure(
+        fns, rounds=rounds, min_time=0, min_samples=1, sample_time=0, warmup=0, progress=progress
+    )
     alone, batch = bench.new_tokens / times["alone"], BATCH * bench.new_tokens / times["batch"]
     same = bench.results[f"ours {cache} 1"][0] == bench.results[f"ours {cache} {BATCH}"][0]
     return {
@@ -142,7 +158,15 @@ def crossed(rows: list[dict]) -> list[dict]:
     for dtype in DTYPES:
         if (dtype, "dual") in found and (dtype, "none") in found:
             ours, theirs = found[dtype, "dual"]["ours s"], found[dtype, "none"]["baseline s"]
-            out.append({"dtype": dtype, "our dual s": ours, "their plain s": theirs, "ratio": theirs / ours, "note": "another algorithm"})
+            out.append(
+                {
+                    "dtype": dtype,
+                    "our dual s": ours,
+                    "their plain s": theirs,
+                    "ratio": theirs / ours,
+                    "note": "another algorithm",
+                }
+            )
     return out
 
 
@@ -161,14 +185,30 @@ def merged(old: list[dict], new: list[dict]) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="one block of 32 new tokens instead of four")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--cache", nargs="+", choices=("none", "prefix", "dual"), default=["none", "prefix", "dual"])
+    parser.add_argument(
+        "--cache", nargs="+", choices=("none", "prefix", "dual"), default=["none", "prefix", "dual"]
+    )
     parser.add_argument("--rounds", type=int, default=3, help="interleaved runs per case (default 3)")
-    parser.add_argument("--batch-cache", nargs="*", choices=("none", "prefix", "dual"), default=["dual"], help="caches of the batch test")
-    parser.add_argument("--first-block", action="store_true", help="without a cache, time the first of the four (equal) blocks and scale")
-    parser.add_argument("--model-dir", type=Path, help="keep the random checkpoint (550 MB) here and use it again")
+    parser.add_argument(
+        "--batch-cache",
+        nargs="*",
+        choices=("none", "prefix", "dual"),
+        default=["dual"],
+        help="caches of the batch test",
+    )
+    parser.add_argument(
+        "--first-block",
+        action="store_true",
+        help="without a cache, time the first of the four (equal) blocks and scale",
+    )
+    parser.add_argument(
+        "--model-dir", type=Path, help="keep the random checkpoint (550 MB) here and use it again"
+    )
     parser.add_argument("--no-compare", action="store_true", help="only the batch test")
     parser.add_argument("--merge", action="store_true", help="keep the other cases of today's results file")
     args = parser.parse_args()
@@ -178,7 +218,11 @@ def main() -> None:
     config = baseline_llada.bench_config()
     rows, batches = [], []
     caches = [] if args.no_compare else args.cache
-    total = len(args.dtype) * args.rounds * (sum(3 if c == "none" else 2 for c in caches) + 2 * len(args.batch_cache))
+    total = (
+        len(args.dtype)
+        * args.rounds
+        * (sum(3 if c == "none" else 2 for c in caches) + 2 * len(args.batch_cache))
+    )
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=total, unit="run") as bar:
         folder = args.model_dir or Path(scratch)
         if not (folder / "config.json").is_file():
@@ -187,15 +231,23 @@ def main() -> None:
             save_checkpoint(folder, config, baseline_llada.random_weights(config))
         for dtype in args.dtype:
             bar.set_description(f"{dtype} GEMM floor")
-            kinds = {cache: gemm_floor.forwards(cache, PROMPT, new_tokens, BLOCK, new_tokens) for cache in caches}
-            floors, formats = gemm_floor.floor(config, DTYPES[dtype], kinds, args.rounds) if kinds else ({}, {})
+            kinds = {
+                cache: gemm_floor.forwards(cache, PROMPT, new_tokens, BLOCK, new_tokens) for cache in caches
+            }
+            floors, formats = (
+                gemm_floor.floor(config, DTYPES[dtype], kinds, args.rounds) if kinds else ({}, {})
+            )
             bench = Bench(folder, config, dtype, new_tokens, args.first_block)
             for cache in caches:
                 progress = Progress(bar, f"{dtype} {cache}")
-                rows.append(run_case(bench, dtype, cache, args.rounds, floors[cache], formats[cache], progress))
+                rows.append(
+                    run_case(bench, dtype, cache, args.rounds, floors[cache], formats[cache], progress)
+                )
                 tqdm.write(report.table(rows[-1:]))
             for cache in args.batch_cache:
-                batches.append(run_batch(bench, dtype, cache, args.rounds, Progress(bar, f"{dtype} {cache} batch")))
+                batches.append(
+                    run_batch(bench, dtype, cache, args.rounds, Progress(bar, f"{dtype} {cache} batch"))
+                )
                 tqdm.write(report.table(batches[-1:]))
             del bench
 
@@ -206,7 +258,9 @@ def main() -> None:
     sections["Our dual cache against their plain loop"] = crossed(sections["Same cache mode"])
     head = [(BLOCK, config["d_model"], config["vocab_size"])]
     rates = timing.ceilings(torch.float32, head, rounds=args.rounds)
-    rates_bf16 = timing.ceilings(torch.bfloat16, head, rounds=args.rounds)["gemm"] if "bf16" in args.dtype else {}
+    rates_bf16 = (
+        timing.ceilings(torch.bfloat16, head, rounds=args.rounds)["gemm"] if "bf16" in args.dtype else {}
+    )
     notes = [
         f"prompt {PROMPT}, {new_tokens} new tokens, block {BLOCK}, {new_tokens} fixed steps, median of `rounds` interleaved runs",
         f"read {rates['read']:.1f} GB/s, copy {rates['copy']:.1f} GB/s; GEMM GFLOP/s fp32 {_rates(rates['gemm'])}; bf16 {_rates(rates_bf16)}",
@@ -214,14 +268,26 @@ def main() -> None:
         "in fp32 every token must equal the baseline's; in bf16 random weights tie and differing tokens are counted",
         "seconds seen for the authors' code on a 2-core Zen 4 machine, fp32/bf16: plain 66.2/48.0, prefix 27.5/19.3, dual 14.9/8.4",
     ]
-    report.write(name, "End to end: unmask against the loops people run", sections, notes, ceilings=rates, ceilings_bf16=rates_bf16)
-    wrong = [r for r in rows if r["NFE"] != r["NFE baseline"] or (r["dtype"] == "fp32" and r["differing tokens"])]
+    report.write(
+        name,
+        "End to end: unmask against the loops people run",
+        sections,
+        notes,
+        ceilings=rates,
+        ceilings_bf16=rates_bf16,
+    )
+    wrong = [
+        r for r in rows if r["NFE"] != r["NFE baseline"] or (r["dtype"] == "fp32" and r["differing tokens"])
+    ]
     if wrong:
         raise SystemExit(f"not the same tokens or forwards as the baseline: {wrong}")
 
 
 def _rates(gemm: dict) -> str:
-    return "; ".join(f"{shape}: " + ", ".join(f"{way} {rate:.0f}" for way, rate in ways.items()) for shape, ways in gemm.items())
+    return "; ".join(
+        f"{shape}: " + ", ".join(f"{way} {rate:.0f}" for way, rate in ways.items())
+        for shape, ways in gemm.items()
+    )
 
 
 if __name__ == "__main__":

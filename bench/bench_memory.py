@@ -55,8 +55,14 @@ class LargestTensor(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, torch.Tensor) and t.layout is torch.strided and t.untyped_storage().nbytes() > self.bytes:
-                if not any(isinstance(a, torch.Tensor) and _same_storage(a, t) for a in args):  # a view or an in-place result is not new
+            if (
+                isinstance(t, torch.Tensor)
+                and t.layout is torch.strided
+                and t.untyped_storage().nbytes() > self.bytes
+            ):
+                if not any(
+                    isinstance(a, torch.Tensor) and _same_storage(a, t) for a in args
+                ):  # a view or an in-place result is not new
                     self.bytes, self.what = t.untyped_storage().nbytes(), f"{func} {list(t.shape)} {t.dtype}"
         return out
 
@@ -70,8 +76,12 @@ def child(folder: str, dtype: str, cache: str, rows: int, new_tokens: int, guard
     import unmask
 
     model = unmask.load(folder, dtype=bench_generate.DTYPES[dtype])
-    prompt = torch.randint(0, 126000, (bench_generate.PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
-    options = dict(steps=new_tokens, block_size=bench_generate.BLOCK, policy="quota", cache=cache, eos_stop=False)
+    prompt = torch.randint(
+        0, 126000, (bench_generate.PROMPT,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
+    options = dict(
+        steps=new_tokens, block_size=bench_generate.BLOCK, policy="quota", cache=cache, eos_stop=False
+    )
 
     def decode():
         unmask.generate(model, [prompt] * rows, max_new_tokens=new_tokens, **options)
@@ -88,8 +98,13 @@ def child(folder: str, dtype: str, cache: str, rows: int, new_tokens: int, guard
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="32 new tokens instead of 128")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="32 new tokens instead of 128, three cases")
+    parser.add_argument(
+        "--model-dir", type=Path, help="a checkpoint folder that bench_generate.py --model-dir has made"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -98,14 +113,25 @@ def main() -> None:
     new_tokens = bench_generate.BLOCK if args.quick else 4 * bench_generate.BLOCK
     cases = [(dtype, cache, 1) for dtype in bench_generate.DTYPES for cache in ("none", "prefix", "dual")]
     cases += [(dtype, "dual", bench_generate.BATCH) for dtype in bench_generate.DTYPES]
+    if args.quick:
+        cases = [("fp32", "none", 1), ("fp32", "dual", 1), ("bf16", "dual", 1)]
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        config = baseline_llada.bench_config()
-        bench_generate.save_checkpoint(Path(folder), config, baseline_llada.random_weights(config))
+    config = baseline_llada.bench_config()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.model_dir or Path(scratch)
+        if not (folder / "config.json").is_file():
+            bench_generate.save_checkpoint(folder, config, baseline_llada.random_weights(config))
         for dtype, cache, batch in tqdm(cases, unit="process"):
             row: dict[str, object] = {"dtype": dtype, "cache": cache, "rows": batch}
             for guard in (False, True):
-                case = dict(folder=folder, dtype=dtype, cache=cache, rows=batch, new_tokens=new_tokens, guard=guard)
+                case = dict(
+                    folder=str(folder),
+                    dtype=dtype,
+                    cache=cache,
+                    rows=batch,
+                    new_tokens=new_tokens,
+                    guard=guard,
+                )
                 words = [sys.executable, __file__, "--child", json.dumps(case)]
                 row |= json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
             rows.append(row | {"wanted MB": WANTED_MB if batch == 1 else ""})
@@ -114,7 +140,9 @@ def main() -> None:
         "above: VmHWM after decoding minus RSS right after loading; largest: the largest tensor that any torch op newly made",
         f"a [32, {config['vocab_size']}] fp32 tensor would be {32 * config['vocab_size'] * 4 / 2**20:.1f} MB, fp64 twice that",
     ]
-    report.write("memory-quick" if args.quick else "memory", "Peak memory of decoding", {"Peak RSS": rows}, notes)
+    report.write(
+        "memory-quick" if args.quick else "memory", "Peak memory of decoding", {"Peak RSS": rows}, notes
+    )
     over = [row for row in rows if row["wanted MB"] and row["above MB"] > row["wanted MB"]]
     if over:
         raise SystemExit(f"more than {WANTED_MB} MB above the loaded model: {over}")

@@ -50,19 +50,28 @@ class Gemms:
     @torch.inference_mode()
     def seconds(self, tokens: int, head_rows: int, rounds: int = 3) -> float:
         """Backbone products for `tokens` rows plus the head for `head_rows` rows, whole or tiled, whichever is faster."""
-        x, inner = torch.randn(tokens, self.width, dtype=self.dtype), torch.randn(tokens, self.inner, dtype=self.dtype)
+        x, inner = (
+            torch.randn(tokens, self.width, dtype=self.dtype),
+            torch.randn(tokens, self.inner, dtype=self.dtype),
+        )
         hidden = x[:1].expand(head_rows, -1).contiguous()
 
         def backbone():
             for qkv, out, gate_up, down in self.layers:
                 qkv(x), out(x), gate_up(x), down(inner)
 
-        parts = {"backbone": backbone, "head": lambda: self.head(hidden), "tiled": lambda: [tile(hidden) for tile in self.tiles]}
+        parts = {
+            "backbone": backbone,
+            "head": lambda: self.head(hidden),
+            "tiled": lambda: [tile(hidden) for tile in self.tiles],
+        }
         times = timing.measure(parts, rounds=rounds, min_time=0.1, min_samples=3)
         return times["backbone"] + min(times["head"], times["tiled"])
 
 
-def floor(config: dict, dtype: torch.dtype, runs: dict[str, Counter], rounds: int = 3) -> tuple[dict[str, float], dict[str, str]]:
+def floor(
+    config: dict, dtype: torch.dtype, runs: dict[str, Counter], rounds: int = 3
+) -> tuple[dict[str, float], dict[str, str]]:
     """Seconds of GEMMs per run, and the format that gave them: ({run: seconds}, {run: "packed" or "packed_fp32"})."""
     formats = {"packed": dtype} | ({"packed_fp32": torch.float32} if dtype is torch.bfloat16 else {})
     kinds = sorted({kind for run in runs.values() for kind in run})

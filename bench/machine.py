@@ -18,13 +18,17 @@ def commit() -> str:
     """Short hash of the checkout, with `+` when tracked files differ from it; `unknown` outside git."""
     try:
         short = _git("rev-parse", "--short", "HEAD")
-        return short + ("+" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results") else "")
+        return short + (
+            "+" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def _git(*words: str) -> str:
-    return subprocess.run(["git", "-C", str(_ROOT), *words], check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(_ROOT), *words], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def command() -> str:

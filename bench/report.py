@@ -25,7 +25,10 @@ def table(rows: Iterable[Mapping[str, object]]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns] + [[_cell(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in cells]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |"
+        for line in cells
+    ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 
@@ -38,7 +41,13 @@ def _cell(value: object) -> str:
     return str(value)
 
 
-def write(name: str, title: str, sections: Mapping[str, Iterable[Mapping[str, object]]], notes: Iterable[str] = (), **data) -> Path:
+def write(
+    name: str,
+    title: str,
+    sections: Mapping[str, Iterable[Mapping[str, object]]],
+    notes: Iterable[str] = (),
+    **data,
+) -> Path:
     """Prints and writes results/<name>-<cpu>-<date>.{json,md}; returns the markdown file.
 
     sections: heading -> table rows (a section without rows is left out). notes: lines under the tables. data: anything else that the JSON should hold.
@@ -53,7 +62,13 @@ def write(name: str, title: str, sections: Mapping[str, Iterable[Mapping[str, ob
     markdown = "\n".join(text).rstrip() + "\n"
     stem = RESULTS / f"{name}-{machine.cpu_slug()}-{origin['date']}"
     RESULTS.mkdir(exist_ok=True)
-    payload = {"name": name, "title": title, "origin": origin, "sections": sections, "notes": list(notes)} | data
+    payload = {
+        "name": name,
+        "title": title,
+        "origin": origin,
+        "sections": sections,
+        "notes": list(notes),
+    } | data
     stem.with_suffix(".json").write_text(json.dumps(payload, indent=1, default=_plain) + "\n")
     stem.with_suffix(".md").write_text(markdown)
     print(markdown)

@@ -30,7 +30,11 @@ def recorded_runs():
     for name in LOOPS:
         for run in json.loads((GOLDEN / "runs" / f"{name}.json").read_text())["runs"]:
             args = run["args"]
-            plain = not args.get("cfg_scale") and not args.get("logits_eos_inf") and not args.get("confidence_eos_eot_inf")
+            plain = (
+                not args.get("cfg_scale")
+                and not args.get("logits_eos_inf")
+                and not args.get("confidence_eos_eot_inf")
+            )
             if plain:
                 yield pytest.param(name, run, id=run["id"])
 

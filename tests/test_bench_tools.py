@@ -39,14 +39,18 @@ def test_measure_without_warmup_calls_exactly_once_per_round_and_turns_around(ro
 
 def test_measure_counts_the_iterations_it_hands_out():
     seen = []
-    times = timing.measure({"indexed": seen.append, "plain": lambda: None, "default": lambda i=7: None}, rounds=2, min_time=1e-3)
+    times = timing.measure(
+        {"indexed": seen.append, "plain": lambda: None, "default": lambda i=7: None}, rounds=2, min_time=1e-3
+    )
     assert seen == list(range(len(seen))) and len(seen) > 5
     assert all(t >= 0 and t.n >= 10 for t in times.values())
 
 
 def test_measure_reports_progress_and_refuses_nonsense():
     visits = []
-    timing.measure({"a": lambda: None, "b": lambda: None}, rounds=2, min_time=0, min_samples=1, progress=visits.append)
+    timing.measure(
+        {"a": lambda: None, "b": lambda: None}, rounds=2, min_time=0, min_samples=1, progress=visits.append
+    )
     assert visits == ["a", "b", "b", "a"]
     for bad in (dict(fns={}), dict(fns={"a": lambda: None}, rounds=0)):
         with pytest.raises(ValueError, match="measure: expected"):
@@ -62,7 +66,11 @@ def test_measure_flushes_outside_the_clock(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("make", "size"), [(lambda: torch.zeros(256), 1024), (lambda: (torch.zeros(64), {"x": torch.zeros(64, dtype=torch.bfloat16)}), 384)]
+    ("make", "size"),
+    [
+        (lambda: torch.zeros(256), 1024),
+        (lambda: (torch.zeros(64), {"x": torch.zeros(64, dtype=torch.bfloat16)}), 384),
+    ],
 )
 def test_rotating_fills_the_bytes_and_wraps(make, size):
     inputs = timing.rotating(make, total_bytes=10 * 1024)
@@ -94,7 +102,15 @@ def test_floor_counts_every_forward(cache, steps):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(2.5, "2.5 s"), (1.0, "1 s"), (0.0123, "12.3 ms"), (0.9999, "1000 ms"), (4.2e-6, "4.2 us"), (3e-9, "3 ns")]
+    ("value", "text"),
+    [
+        (2.5, "2.5 s"),
+        (1.0, "1 s"),
+        (0.0123, "12.3 ms"),
+        (0.9999, "1000 ms"),
+        (4.2e-6, "4.2 us"),
+        (3e-9, "3 ns"),
+    ],
 )
 def test_seconds(value, text):
     assert report.seconds(value) == text
@@ -106,7 +122,11 @@ def test_report_writes_json_and_markdown(tmp_path, monkeypatch, capsys):
     path = report.write("test", "A title", {"Ops": iter(rows)}, ["a note"], extra=timing.Timing([1.0, 2.0]))
     text = path.read_text()
     assert text == capsys.readouterr().out.rstrip("\n") + "\n"
-    assert text.startswith("# A title\n") and "| commit      | 1.5  | yes |" in text and text.endswith("- a note\n")
+    assert (
+        text.startswith("# A title\n")
+        and "| commit      | 1.5  | yes |" in text
+        and text.endswith("- a note\n")
+    )
     stored = json.loads(path.with_suffix(".json").read_text())
     assert stored["sections"]["Ops"] == rows and stored["extra"] == 1.5
     assert {"cpu", "cores", "isa", "torch", "threads", "commit", "command", "date"} <= set(stored["origin"])

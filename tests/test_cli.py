@@ -1,4 +1,4 @@
-"""The command line tool: output, exit codes, mistakes, Ctrl-C, the live view, doctor and bench."""
+"""The command line tool: output, exit codes, mistakes, Ctrl-C, the live view, (doctor and bench: test_cli_doctor.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 
 import unmask
-from unmask.cli import doctor, examples, live, main, options, show
+from unmask.cli import live, main, options, show
 from unmask.result import Commit, Done, Step
 
 WORDS = 40
@@ -40,10 +40,22 @@ def folder(tmp_path_factory):
     d, ffn, vocab = CONFIG["d_model"], CONFIG["mlp_hidden_size"], CONFIG["vocab_size"]
     tensors = {"model.transformer.wte.weight": (vocab, d), "model.transformer.ff_out.weight": (vocab, d)}
     for i in range(CONFIG["n_layers"]):
-        shapes = dict(q_proj=(d, d), k_proj=(d, d), v_proj=(d, d), attn_out=(d, d), ff_proj=(ffn, d), up_proj=(ffn, d), ff_out=(d, ffn))
+        shapes = dict(
+            q_proj=(d, d),
+            k_proj=(d, d),
+            v_proj=(d, d),
+            attn_out=(d, d),
+            ff_proj=(ffn, d),
+            up_proj=(ffn, d),
+            ff_out=(d, ffn),
+        )
         tensors |= {f"model.transformer.blocks.{i}.{name}.weight": shape for name, shape in shapes.items()}
     weights = {name: torch.randn(shape, generator=g) * 2 / shape[1] ** 0.5 for name, shape in tensors.items()}
-    norms = [f"model.transformer.blocks.{i}.{n}.weight" for i in range(CONFIG["n_layers"]) for n in ("attn_norm", "ff_norm")]
+    norms = [
+        f"model.transformer.blocks.{i}.{n}.weight"
+        for i in range(CONFIG["n_layers"])
+        for n in ("attn_norm", "ff_norm")
+    ]
     weights |= {name: torch.ones(d) for name in (*norms, "model.transformer.ln_f.weight")}
     save_file(weights, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(CONFIG))
@@ -122,7 +134,13 @@ def test_missing_model_says_where_it_looked(cli):
     assert code == 2 and out == "" and "nobody/nothing" in err and "Searched" in err
 
 
-@given(st.lists(st.text(max_size=12) | st.sampled_from(["generate", "doctor", "bench", "--json", "--help", "-m", "--", "-"]), max_size=5))
+@given(
+    st.lists(
+        st.text(max_size=12)
+        | st.sampled_from(["generate", "doctor", "bench", "--json", "--help", "-m", "--", "-"]),
+        max_size=5,
+    )
+)
 def test_any_words_parse_or_exit_cleanly(words):
     stdout, stderr = sys.stdout, sys.stderr
     sys.stdout = sys.stderr = io.StringIO()
@@ -139,7 +157,11 @@ def test_any_words_parse_or_exit_cleanly(words):
 
 @pytest.mark.parametrize("command", [(), ("generate",), ("doctor",), ("bench",)])
 def test_help_is_quick_and_loads_no_torch(command):
-    words = [sys.executable, "-c", "import sys; from unmask.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"]
+    words = [
+        sys.executable,
+        "-c",
+        "import sys; from unmask.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)",
+    ]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([*words, *command, "--help"], capture_output=True, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -148,7 +170,9 @@ def test_help_is_quick_and_loads_no_torch(command):
 
 
 def test_module_entry_point():
-    done = subprocess.run([sys.executable, "-m", "unmask", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "unmask", "--version"], capture_output=True, text=True, check=True
+    )
     assert done.stdout == f"unmask {unmask.__version__}\n"
 
 
@@ -156,13 +180,19 @@ def test_module_entry_point():
 
 
 def test_json_is_one_object_and_equals_the_library(cli, folder):
-    code, out, err = cli(*generate(folder, "--json", "--block-size", "6", "--threshold", "0.2", "--seed", "5"))
+    code, out, err = cli(
+        *generate(folder, "--json", "--block-size", "6", "--threshold", "0.2", "--seed", "5")
+    )
     assert code == 0 and err == "" and out.count("\n") == 1
     got = json.loads(out)
     assert list(got) == ["text", "ids", "nfe", "tokens_per_forward", "seconds", "finish_reason", "settings"]
     want = unmask.generate(folder, "w1 w2 w3", max_new_tokens=12, block_size=6, threshold=0.2, seed=5)
     assert (got["text"], got["ids"], got["nfe"]) == (want.text, want.ids, want.nfe)
-    assert got["settings"]["threshold"] == 0.2 and got["settings"]["block_size"] == 6 and got["settings"]["seed"] == 5
+    assert (
+        got["settings"]["threshold"] == 0.2
+        and got["settings"]["block_size"] == 6
+        and got["settings"]["seed"] == 5
+    )
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
@@ -171,7 +201,11 @@ def test_text_then_figures(cli, folder, cache):
     text, figures = out.rstrip("\n").rsplit("\n", 1)
     want = unmask.generate(folder, "w1 w2 w3", max_new_tokens=12, cache=cache)
     assert code == 0 and text == want.text
-    assert f"{want.nfe} NFE" in figures and "tokens/s" in figures and f"{want.tokens_per_forward:.2f} tokens per forward" in figures
+    assert (
+        f"{want.nfe} NFE" in figures
+        and "tokens/s" in figures
+        and f"{want.tokens_per_forward:.2f} tokens per forward" in figures
+    )
     assert (f"{cache} cache (approximate)" in figures) == (cache != "none")
 
 
@@ -182,11 +216,36 @@ def test_prompt_from_standard_input(cli, folder, monkeypatch):
 
 
 def test_every_decoding_option_reaches_the_settings(cli, folder):
-    words = ["--policy", "quota", "--steps", "3", "--score", "margin", "--temperature", "0.5", "--cache", "prefix", "--stop", "zzz"]
-    settings = json.loads(cli(*generate(folder, "--json", *words, "--stop", "yyy", "--no-chat"))[1])["settings"]
-    expected = dict(policy="quota", steps=3, score="margin", temperature=0.5, cache="prefix", stop=["zzz", "yyy"], chat=False)
+    words = [
+        "--policy",
+        "quota",
+        "--steps",
+        "3",
+        "--score",
+        "margin",
+        "--temperature",
+        "0.5",
+        "--cache",
+        "prefix",
+        "--stop",
+        "zzz",
+    ]
+    settings = json.loads(cli(*generate(folder, "--json", *words, "--stop", "yyy", "--no-chat"))[1])[
+        "settings"
+    ]
+    expected = dict(
+        policy="quota",
+        steps=3,
+        score="margin",
+        temperature=0.5,
+        cache="prefix",
+        stop=["zzz", "yyy"],
+        chat=False,
+    )
     assert {name: settings[name] for name in expected} == expected
-    settings = json.loads(cli(*generate(folder, "--json", "--policy", "factor", "--factor", "0.5", "--dtype", "bf16"))[1])["settings"]
+    settings = json.loads(
+        cli(*generate(folder, "--json", "--policy", "factor", "--factor", "0.5", "--dtype", "bf16"))[1]
+    )["settings"]
     assert settings["factor"] == 0.5 and settings["dtype"] == "bfloat16"
 
 
@@ -196,7 +255,10 @@ def test_threads(cli, folder, threads):
 
 
 def test_same_seed_same_text(cli, folder):
-    outs = [json.loads(cli(*generate(folder, "--json", "--temperature", "1", "--seed", s))[1])["ids"] for s in ("1", "1", "2")]
+    outs = [
+        json.loads(cli(*generate(folder, "--json", "--temperature", "1", "--seed", s))[1])["ids"]
+        for s in ("1", "1", "2")
+    ]
     assert outs[0] == outs[1] != outs[2]
 
 
@@ -209,7 +271,9 @@ def test_invalid_logits_exit_1(cli, folder, monkeypatch):
 
     monkeypatch.setattr(unmask, "stream", broken, raising=False)
     code, out, err = cli(*generate(folder))
-    assert code == 1 and out == "" and err.startswith("unmask generate: row 0, step 3") and err.count("\n") == 1
+    assert (
+        code == 1 and out == "" and err.startswith("unmask generate: row 0, step 3") and err.count("\n") == 1
+    )
 
 
 # ---- Ctrl-C
@@ -236,7 +300,12 @@ def test_interrupt_prints_what_is_settled(cli, folder, monkeypatch):
     assert code == 130 and out == "w10 w11" + show.MASK * 10 + "\n" and "interrupted: 2 of 12" in err
     code, out, _ = cli(*generate(folder, "--json"))
     got = json.loads(out)
-    assert code == 130 and got["ids"] == [10, 11] + [None] * 10 and got["finish_reason"] == "interrupted" and got["nfe"] == 2
+    assert (
+        code == 130
+        and got["ids"] == [10, 11] + [None] * 10
+        and got["finish_reason"] == "interrupted"
+        and got["nfe"] == 2
+    )
 
 
 @pytest.mark.parametrize("words", [(), ("--json",), ("--live",)])
@@ -281,10 +350,18 @@ def test_live_canvas_neutralises_generated_text():
     pieces = show.Pieces(lambda ids: HOSTILE * len(ids))
     view = live.Canvas(pieces, 1, MASK)
     out = io.StringIO()
-    Console(file=out, force_terminal=True, width=200, color_system="truecolor").print(view.text(commit_of([0, 5, MASK], [1], [0.95]), 1))
+    Console(file=out, force_terminal=True, width=200, color_system="truecolor").print(
+        view.text(commit_of([0, 5, MASK], [1], [0.95]), 1)
+    )
     text = out.getvalue()
     assert "]0;owned" in text and "\x1b]" not in text and "\x1b[2J" not in text and "\x07" not in text
-    assert "\r" not in text and "\x9b" not in text and "\u202e" not in text and "evil[red]" in text and show.MASK in text
+    assert (
+        "\r" not in text
+        and "\x9b" not in text
+        and "\u202e" not in text
+        and "evil[red]" in text
+        and show.MASK in text
+    )
 
 
 def test_live_canvas_colours_fresh_tokens_by_score():
@@ -317,7 +394,14 @@ def test_pieces_keep_the_space_of_each_token(folder):
 
 def test_terminal_output_is_made_visible(cli, folder, monkeypatch):
     result = SimpleNamespace(
-        text=HOSTILE, ids=[1], nfe=1, tokens_per_forward=1.0, seconds=1.0, finish_reason="length", exact=True, settings={"cache": "none"}
+        text=HOSTILE,
+        ids=[1],
+        nfe=1,
+        tokens_per_forward=1.0,
+        seconds=1.0,
+        finish_reason="length",
+        exact=True,
+        settings={"cache": "none"},
     )
     monkeypatch.setattr(unmask, "stream", lambda *_, **__: iter([Done(result)]), raising=False)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
@@ -331,9 +415,14 @@ def test_live_on_a_terminal(folder):
     import pty
 
     leader, follower = pty.openpty()
-    env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm-256color", "COLUMNS": "100"}
+    env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {
+        "TERM": "xterm-256color",
+        "COLUMNS": "100",
+    }
     words = [sys.executable, "-m", "unmask", *generate(folder, "--live")]
-    child = subprocess.Popen(words, stdout=follower, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=env)
+    child = subprocess.Popen(
+        words, stdout=follower, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=env
+    )
     os.close(follower)
     out = b""
     try:
@@ -347,75 +436,3 @@ def test_live_on_a_terminal(folder):
     text = out.decode()
     assert child.returncode == 0, err
     assert show.MASK in text and "\x1b[" in text and want.text in text and f"{want.nfe} NFE" in text
-
-
-# ---- doctor
-
-
-def test_doctor(cli):
-    code, out, err = cli("doctor")
-    assert code == 0 and err == "", out
-    assert "ISA" in out and "models are looked for" in out and "all is well" in out
-    count = len(doctor.kernels())
-    assert f"self-test {count}/{count} ops agree" in out
-    assert "CPU-only build" in out or "CUDA kernels for sm_" in out
-
-
-def test_doctor_json(cli):
-    code, out, _ = cli("doctor", "--json")
-    report = json.loads(out)
-    assert code == 0 and report["failures"] == [] and report["versions"]["torch"] == torch.__version__
-    assert report["self_test_seconds"] < 5 and set(report["self_test"]) == set(report["kernels"])
-
-
-def test_every_op_has_a_self_test():
-    assert sorted(e.op for e in examples.examples()) == sorted(doctor.kernels())
-
-
-@pytest.mark.parametrize("example", examples.examples(), ids=lambda e: e.op)
-def test_examples_agree_and_run_both_ways(example):
-    assert example.differences() == []
-    getattr(torch.ops.unmask, example.op)(*example.args)
-    example.wrapper()
-
-
-def test_doctor_fails_when_an_op_is_wrong(cli, monkeypatch):
-    import unmask.reference
-
-    monkeypatch.setattr(unmask.reference, "silu_mul", lambda x: torch.zeros(x.shape[0], x.shape[1] // 2))
-    code, out, _ = cli("doctor")
-    assert code == 1 and "FAIL  op silu_mul: result 0: off by" in out and "all is well" not in out
-
-
-def test_doctor_reports_a_library_that_does_not_load(tmp_path):
-    env = {**os.environ, "UNMASK_C_LIBRARY": str(tmp_path / "missing.so")}
-    done = subprocess.run([sys.executable, "-m", "unmask", "doctor"], capture_output=True, text=True, env=env)
-    assert done.returncode == 1 and "FAIL  the op library does not load" in done.stdout and "Traceback" not in done.stderr
-
-
-# ---- bench
-
-
-def test_bench_compares_every_op(cli, monkeypatch):
-    import unmask.cli.bench as bench
-
-    monkeypatch.setattr(bench, "VOCAB", 5000)
-    monkeypatch.setattr(bench, "PREFIX", 64)
-    monkeypatch.setattr(bench, "HEADS", 2)
-    monkeypatch.setattr(bench, "bandwidth", lambda: {"read": 10.0, "copy": 10.0})
-    monkeypatch.setattr(bench, "measure", lambda fns, **_: {name: (_run(fn), 0.5)[1] for name, fn in fns.items()})
-    monkeypatch.setattr(bench, "gemm_seconds", lambda *_: {"linear": 0.01})
-    code, out, err = cli("bench", "--json", "--rounds", "1")
-    report = json.loads(out)
-    assert code == 0 and err == ""
-    names = {(r["op"], r["dtype"]) for r in report["results"]}
-    assert {(op, d) for op in ("logit_stats", "block_attention", "rope_append", "head_stats") for d in ("fp32", "bf16")} <= names
-    assert all(rival["ratio"] == 1.0 for r in report["results"] for rival in r["rivals"].values())
-    code, out, _ = cli("bench", "--dtype", "fp32")
-    assert code == 0 and "measured ceilings" in out and "commit" in out and "bf16" not in out
-
-
-def _run(fn):
-    from unmask._timing import _takes_index
-
-    return fn(0) if _takes_index(fn) else fn()

@@ -144,7 +144,7 @@ def test_matches_the_definition(sizes, dtype):
     call = build(dtype=dtype, **sizes)
     out, lse, _ = run(call)
     expected, expected_lse = reference.block_attention(*call.args())
-    torch.testing.assert_close(out.float(), expected.float(), rtol=0, atol=max(2e-6, 2 * torch.finfo(dtype).eps))
+    torch.testing.assert_close(out.float(), expected.float(), rtol=0, atol=max(4e-6, 2 * torch.finfo(dtype).eps))
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=2e-5)
 
 
@@ -330,11 +330,11 @@ def test_an_invalid_cache_row_reaches_only_its_readers(which, bad, dtype):
         cache = getattr(call, which).clone()
         cache[0, 0, 121] = bad  # key 121 of entry 0, kv head 0 = query heads 0 and 1
         cache[0, :, 155] = bad  # a slot in no segment
-        cache[1, 1, 179, 3] = bad  # key 169 of entry 1, one element, kv head 1, under the mask
+        cache[1, 1, 179, 3] = bad  # key 169 of entry 1, one element, kv head 1, the mask's last column
         out, lse, _ = run(replace(call, **{which: cache}))
         touched = torch.zeros(60, 4, dtype=torch.bool)
         touched[:20, :2] = (call.q_end[:20] > 121)[:, None]
-        touched[20:, 2:] = ((call.q_end[20:] > 169) & call.mask[1, :, 9])[:, None]
+        touched[20:, 2:] = ((call.q_end[20:] > 169) & call.mask[1, :, 19])[:, None]
         assert torch.equal(out[~touched], clean[~touched]) and torch.equal(lse[~touched], clean_lse[~touched])
         assert touched.any() and not touched[0].any() and touched[1].any()
         if math.isnan(bad):

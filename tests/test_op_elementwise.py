@@ -19,14 +19,15 @@ KERNELS = {name: native(name) for name in ("rms_norm", "add_rms_norm", "silu_mul
 
 
 def assert_rounding_level(ours, theirs, exact, slack=1e-6):
-    """err(ours) <= 2 err(the plain PyTorch code in this dtype) + a floor of half a unit in the last place, against float64."""
+    """err(ours) <= 2 err(the plain PyTorch code in this dtype) + a floor, in units of eps * |exact|, against float64. The floor is what
+    the roundings of one element may add up to: two in half precision, four (exp, product, sum, quotient) in fp32."""
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
     assert torch.isfinite(ours).all()
     if not ours.numel():
         return
     unit = torch.finfo(ours.dtype).eps * exact.abs() + slack * torch.finfo(ours.dtype).eps
     error, allowed = (ours.double() - exact).abs() / unit, (theirs.double() - exact).abs() / unit
-    assert error.max() <= 2 * allowed.max() + 0.5
+    assert error.max() <= 2 * allowed.max() + (2.0 if ours.dtype is torch.float32 else 1.0)
 
 
 def norm64(x, weight, eps=EPS):

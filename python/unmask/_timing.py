@@ -112,7 +112,9 @@ def measure(
     positional parameter gets the iteration index (see `rotating`). `progress(name)` is called before each visit.
     """
     if not fns or rounds < 1 or min_samples < 1:
-        raise ValueError(f"measure: expected callables, rounds >= 1, min_samples >= 1, got {len(fns)}, {rounds}, {min_samples}")
+        raise ValueError(
+            f"measure: expected callables, rounds >= 1, min_samples >= 1, got {len(fns)}, {rounds}, {min_samples}"
+        )
     calls = {name: _indexed(fn) for name, fn in fns.items()}
     index = dict.fromkeys(calls, 0)
     sample_time = 0.0 if flush else sample_time
@@ -154,7 +156,9 @@ def _indexed(fn: Callable) -> Callable[[int], Any]:
     return fn if _takes_index(fn) else lambda _i: fn()
 
 
-def _calibrate(call: Callable[[int], Any], index: dict[str, int], name: str, warmup: int, sample_time: float) -> int:
+def _calibrate(
+    call: Callable[[int], Any], index: dict[str, int], name: str, warmup: int, sample_time: float
+) -> int:
     for _ in range(warmup):
         call(index[name])
         index[name] += 1
@@ -205,7 +209,9 @@ def gemm_seconds(m: int, k: int, n: int, dtype: torch.dtype, **options) -> dict[
 
 
 def ceilings(
-    dtype: torch.dtype = torch.float32, shapes: Sequence[tuple[int, int, int]] = ((2048, 2048, 2048),), **options
+    dtype: torch.dtype = torch.float32,
+    shapes: Sequence[tuple[int, int, int]] = ((2048, 2048, 2048),),
+    **options,
 ) -> dict[str, Any]:
     """What this machine can do, measured now: {"read", "copy": GB/s, "gemm": {"MxKxN": {way: GFLOP/s, "best": GFLOP/s}}}."""
     found: dict[str, Any] = bandwidth(**options)

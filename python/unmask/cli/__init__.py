@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone: no traceback, and none from the interpreter's last flush
+    except (
+        BrokenPipeError
+    ):  # the reader of our output has gone: no traceback, and none from the interpreter's last flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

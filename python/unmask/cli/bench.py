@@ -65,12 +65,21 @@ def run(args: argparse.Namespace) -> int:
 
 def _measured(case: Case, rounds: int, ceilings: dict[str, float]) -> dict[str, object]:
     times = measure({"ours": case.ours} | case.rivals, rounds=rounds, min_time=0.1, min_samples=3, warmup=1)
-    row: dict[str, object] = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "seconds": float(times["ours"])}
+    row: dict[str, object] = {
+        "op": case.op,
+        "shape": case.shape,
+        "dtype": case.dtype,
+        "seconds": float(times["ours"]),
+    }
     if case.work is not None:
         row["rate"] = case.work / times["ours"] / 1e9
         row["unit"] = case.unit
-        row["of_ceiling"] = row["rate"] / ceilings["read GB/s" if case.unit == "GB/s" else f"{case.dtype} GEMM GFLOP/s"]
-    row["rivals"] = {name: {"seconds": float(times[name]), "ratio": times[name] / times["ours"]} for name in case.rivals}
+        row["of_ceiling"] = (
+            row["rate"] / ceilings["read GB/s" if case.unit == "GB/s" else f"{case.dtype} GEMM GFLOP/s"]
+        )
+    row["rivals"] = {
+        name: {"seconds": float(times[name]), "ratio": times[name] / times["ours"]} for name in case.rivals
+    }
     return row
 
 
@@ -120,7 +129,9 @@ def _block_attention(dtype: str) -> Case:
     wide = q.transpose(0, 1).unsqueeze(0).contiguous()
 
     def joined():
-        return F.scaled_dot_product_attention(wide, torch.cat((past_k, new_k), 2), torch.cat((past_v, new_v), 2))
+        return F.scaled_dot_product_attention(
+            wide, torch.cat((past_k, new_k), 2), torch.cat((past_v, new_v), 2)
+        )
 
     return Case(
         "block_attention", f"{HEADS} heads x {DIM}, {PREFIX} + {ROWS} keys", dtype,
@@ -147,7 +158,11 @@ def _rope_append(dtype: str) -> Case:
 
     def whole():
         keys = torch.cat((k_cache[:, :, :PREFIX], wide[1]), 2)
-        return rotated(wide[0], slice(PREFIX, n)), rotated(keys, slice(0, n)), torch.cat((v_cache[:, :, :PREFIX], wide[2]), 2)
+        return (
+            rotated(wide[0], slice(PREFIX, n)),
+            rotated(keys, slice(0, n)),
+            torch.cat((v_cache[:, :, :PREFIX], wide[2]), 2),
+        )
 
     return Case(
         "rope_append", f"{ROWS} tokens, {HEADS} x {DIM}, past {PREFIX}", dtype,

@@ -29,7 +29,10 @@ def run(args: argparse.Namespace) -> int:
         "in use": ops.isa(), "best": ops.info.best_isa(), "forced": os.environ.get("UNMASK_ISA"), "threads": torch.get_num_threads(),
     }  # fmt: skip
     report["gemm"] = gemm_formats()
-    report["cuda"] = {"archs": ops.cuda_archs(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    report["cuda"] = {
+        "archs": ops.cuda_archs(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
     report["kernels"] = kernels()
     began = time.perf_counter()
     report["self_test"] = self_test()
@@ -53,7 +56,11 @@ def versions() -> dict[str, str | None]:
     from .. import __version__
     from .._machine import cpu_model
 
-    found: dict[str, str | None] = {"unmask": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    found: dict[str, str | None] = {
+        "unmask": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     found |= {"system": f"{platform.system()} {platform.machine()}", "cpu": cpu_model()}
     for name in ("safetensors", "tokenizers", *EXTRAS):
         try:
@@ -79,12 +86,16 @@ def kernels() -> dict[str, list[str]]:
     """Op -> backends with a compiled kernel. Ops without tensor arguments (info) serve every backend."""
     import torch
 
-    names = sorted(n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("unmask::"))
+    names = sorted(
+        n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("unmask::")
+    )
     found = {}
     for name in names:
         has = torch._C._dispatch_has_kernel_for_dispatch_key
         keys = [key for key in ("CPU", "CUDA") if has(f"unmask::{name}", key)]
-        everywhere = has(f"unmask::{name}", "CompositeExplicitAutograd") or has(f"unmask::{name}", "CompositeImplicitAutograd")
+        everywhere = has(f"unmask::{name}", "CompositeExplicitAutograd") or has(
+            f"unmask::{name}", "CompositeImplicitAutograd"
+        )
         found[name] = ["CPU", "CUDA"] if everywhere and not keys else keys
     return found
 
@@ -117,7 +128,9 @@ def models() -> list[dict[str, Any]]:
     from ..errors import UnmaskError
     from ..models import checkpoint, hub
 
-    places: list[dict[str, Any]] = [{"what": p.label, "path": str(p.path), "exists": p.exists} for p in hub.search_paths()]
+    places: list[dict[str, Any]] = [
+        {"what": p.label, "path": str(p.path), "exists": p.exists} for p in hub.search_paths()
+    ]
     embedded: dict[str, Any] = {"what": "tiny (embedded)"}
     try:
         folder = hub.resolve("tiny")
@@ -137,19 +150,29 @@ def written(report: dict[str, Any]) -> list[str]:
     lines.append(f"ISA      {isa['in use']} in use{forced}, {isa['best']} is the best here")
     lines.append("GEMM     " + ", ".join(f"{dtype}: {fmt} weights" for dtype, fmt in report["gemm"].items()))
     archs = report["cuda"]["archs"]
-    built = "CUDA kernels for sm_" + ", sm_".join(map(str, archs)) if archs else "CPU-only build (no CUDA kernels in the binary)"
+    built = (
+        "CUDA kernels for sm_" + ", sm_".join(map(str, archs))
+        if archs
+        else "CPU-only build (no CUDA kernels in the binary)"
+    )
     lines.append(f"CUDA     {built}; {report['cuda']['device'] or 'no CUDA device visible to torch'}")
     lines.append(f"library  {report['library']}")
-    lines.append("extras   " + ", ".join(f"{name} {v[name] or 'missing: ' + use}" for name, use in EXTRAS.items()))
+    lines.append(
+        "extras   " + ", ".join(f"{name} {v[name] or 'missing: ' + use}" for name, use in EXTRAS.items())
+    )
     lines.append("kernels  " + "op".ljust(18) + "CPU  CUDA  self-test")
     for name, keys in report["kernels"].items():
         test = "ok" if not report["self_test"].get(name, ["not run"]) else "FAIL"
         marks = "  ".join(("yes" if key in keys else "-").ljust(len(key)) for key in ("CPU", "CUDA"))
         lines.append(f"         {name.ljust(18)}{marks}  {test}")
     passed = sum(not lines_ for lines_ in report["self_test"].values())
-    lines.append(f"self-test {passed}/{len(report['self_test'])} ops agree with the reference, {report['self_test_seconds']:.2f} s")
+    lines.append(
+        f"self-test {passed}/{len(report['self_test'])} ops agree with the reference, {report['self_test_seconds']:.2f} s"
+    )
     lines.append("models are looked for in: an explicit folder, then")
     for place in report["models"]:
-        lines.append(f"         {place['what']}: {place['path']}" + ("" if place["exists"] else " (not there)"))
+        lines.append(
+            f"         {place['what']}: {place['path']}" + ("" if place["exists"] else " (not there)")
+        )
     lines += [f"FAIL  {line}" for line in report["failures"]] or ["all is well"]
     return lines

@@ -33,14 +33,22 @@ class Example:
         got, want = list(self.ours()), list(self.expected())
         if len(got) != len(want):
             return [f"{len(got)} results, expected {len(want)}"]
-        return [line for i, pair in enumerate(zip(got, want, strict=True)) if (line := _difference(i, *pair, self.tolerance))]
+        return [
+            line
+            for i, pair in enumerate(zip(got, want, strict=True))
+            if (line := _difference(i, *pair, self.tolerance))
+        ]
 
 
 def _difference(index: int, got: torch.Tensor, want: torch.Tensor, tolerance: float) -> str | None:
     if got.dtype != want.dtype or got.shape != want.shape:
         return f"result {index}: {got.dtype} {list(got.shape)}, expected {want.dtype} {list(want.shape)}"
     if not got.dtype.is_floating_point:
-        return None if torch.equal(got, want) else f"result {index}: {int((got != want).sum())} of {want.numel()} values differ"
+        return (
+            None
+            if torch.equal(got, want)
+            else f"result {index}: {int((got != want).sum())} of {want.numel()} values differ"
+        )
     if torch.allclose(got, want, rtol=tolerance, atol=tolerance, equal_nan=True):
         return None
     return f"result {index}: off by {(got - want).abs().max():.3g}, allowed {tolerance:g}"
@@ -49,7 +57,15 @@ def _difference(index: int, got: torch.Tensor, want: torch.Tensor, tolerance: fl
 def examples() -> list[Example]:
     """One per op of the library."""
     g = torch.Generator().manual_seed(0)
-    return [_info(), _uniform(), _rope_append(g), _block_attention(g), *_logit_stats(g), _commit(g), *_elementwise(g)]
+    return [
+        _info(),
+        _uniform(),
+        _rope_append(g),
+        _block_attention(g),
+        *_logit_stats(g),
+        _commit(g),
+        *_elementwise(g),
+    ]
 
 
 def _copies(values: Sequence[Any]) -> list[Any]:
@@ -58,14 +74,25 @@ def _copies(values: Sequence[Any]) -> list[Any]:
 
 def _info() -> Example:
     def known():
-        return [torch.tensor([0 <= torch.ops.unmask.info(1) <= torch.ops.unmask.info(2) < len(ops.info.ISA_NAMES)])]
+        return [
+            torch.tensor(
+                [0 <= torch.ops.unmask.info(1) <= torch.ops.unmask.info(2) < len(ops.info.ISA_NAMES)]
+            )
+        ]
 
     return Example("info", (1,), ops.isa, known, lambda: [torch.tensor([True])])
 
 
 def _uniform() -> Example:
     key = torch.tensor([7, 7, -3]), torch.tensor([0, 1, 5]), torch.tensor([0, 2, 1 << 40])
-    return Example("uniform", key, lambda: ops.uniform(*key), lambda: [ops.uniform(*key)], lambda: [reference.uniform(*key)], 0.0)
+    return Example(
+        "uniform",
+        key,
+        lambda: ops.uniform(*key),
+        lambda: [ops.uniform(*key)],
+        lambda: [reference.uniform(*key)],
+        0.0,
+    )
 
 
 def _rope_append(g: torch.Generator) -> Example:
@@ -83,7 +110,9 @@ def _rope_append(g: torch.Generator) -> Example:
 
     caches = torch.zeros(2, hkv, slots, d), torch.zeros(2, hkv, slots, d)
     args = (q, k, v, *caches, *index, None, *weights, inv_freq, 1e-6, None)
-    return Example("rope_append", args, lambda: ops.rope_append(*args), lambda: call(ops), lambda: call(reference))
+    return Example(
+        "rope_append", args, lambda: ops.rope_append(*args), lambda: call(ops), lambda: call(reference)
+    )
 
 
 def _block_attention(g: torch.Generator) -> Example:
@@ -98,7 +127,12 @@ def _block_attention(g: torch.Generator) -> Example:
 
     def call(module):
         status = torch.zeros(2, dtype=torch.int32)
-        return [*module.block_attention(q, k, v, cu, rows, seg, q_end=end, mask=mask, scale=d**-0.5, status=status), status]
+        return [
+            *module.block_attention(
+                q, k, v, cu, rows, seg, q_end=end, mask=mask, scale=d**-0.5, status=status
+            ),
+            status,
+        ]
 
     def wrapper():
         return ops.block_attention(q, k, v, cu, rows, seg, q_end=end, mask=mask, scale=d**-0.5)
@@ -110,14 +144,23 @@ def _logit_stats(g: torch.Generator) -> list[Example]:
     n, vocab = 3, 2 * CHUNK + 37
     logits = torch.randn(n, vocab, generator=g) * 4
     logits[1, ::2] = float("-inf")
-    key = dict(temperature=0.7, seed=torch.tensor([1, 1, 2]), step=torch.tensor([0, 1, 0]), pos=torch.arange(n))
-    options = dict(forbid=torch.tensor([5]), suppress=torch.tensor([17, 4100]), ids=torch.tensor([[0, 17], [8000, -1], [5, 6]]), topk=4)
+    key = dict(
+        temperature=0.7, seed=torch.tensor([1, 1, 2]), step=torch.tensor([0, 1, 0]), pos=torch.arange(n)
+    )
+    options = dict(
+        forbid=torch.tensor([5]),
+        suppress=torch.tensor([17, 4100]),
+        ids=torch.tensor([[0, 17], [8000, -1], [5, 6]]),
+        topk=4,
+    )
     options |= key
 
     def tiled():
         state, id_logit = new_state(n), torch.zeros(n, 2)
         for offset in range(0, vocab, CHUNK):
-            stats_tile(logits[:, offset : offset + CHUNK], state, id_logit, offset=offset, vocab=vocab, **options)
+            stats_tile(
+                logits[:, offset : offset + CHUNK], state, id_logit, offset=offset, vocab=vocab, **options
+            )
         return stats_finish(state, id_logit, 4)
 
     small, tile = torch.randn(1, 64, generator=g), torch.randn(1, 64, generator=g)
@@ -128,7 +171,10 @@ def _logit_stats(g: torch.Generator) -> list[Example]:
         stats_tile(tile, state, offset=0, vocab=64)
 
     def head(wide: bool):
-        hidden, weight = logits[:, :24].nan_to_num(neginf=0.0), logits[:, : 24 * 64].nan_to_num(neginf=0.0).reshape(-1, 24)
+        hidden, weight = (
+            logits[:, :24].nan_to_num(neginf=0.0),
+            logits[:, : 24 * 64].nan_to_num(neginf=0.0).reshape(-1, 24),
+        )
         if wide:
             return list(reference.logit_stats(hidden @ weight.T))
         return list(head_stats(hidden, Head(weight, "plain")))
@@ -171,7 +217,9 @@ def _commit(g: torch.Generator) -> Example:
 
 
 def _elementwise(g: torch.Generator) -> list[Example]:
-    x, residual, weight, pair = (torch.randn(*shape, generator=g) for shape in ((3, 40), (3, 40), (40,), (3, 80)))
+    x, residual, weight, pair = (
+        torch.randn(*shape, generator=g) for shape in ((3, 40), (3, 40), (40,), (3, 80))
+    )
 
     def add_norm(module):
         total = residual.clone()

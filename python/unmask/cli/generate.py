@@ -75,7 +75,9 @@ class _Seen:
         return len(self.commit.canvas) - self.n if self.commit is not None else 0
 
 
-def _follow(args: argparse.Namespace, events, model: Model, settings: Any, pieces: Pieces, seen: _Seen) -> Result:
+def _follow(
+    args: argparse.Namespace, events, model: Model, settings: Any, pieces: Pieces, seen: _Seen
+) -> Result:
     """Runs to the end, showing progress: the live view, or a bar on standard error if that is a terminal."""
     from tqdm import tqdm
 
@@ -141,4 +143,7 @@ def _report_interrupted(args: argparse.Namespace, seen: _Seen, pieces: Pieces) -
         print(json.dumps(fields, ensure_ascii=False))
         return
     print(visible(text) if sys.stdout.isatty() else text)
-    print(f"[interrupted: {settled} of {seen.n} tokens settled in {nfe} forwards; {MASK} is undecided]", file=sys.stderr)
+    print(
+        f"[interrupted: {settled} of {seen.n} tokens settled in {nfe} forwards; {MASK} is undecided]",
+        file=sys.stderr,
+    )

@@ -76,7 +76,14 @@ class Canvas:
             if token == self.mask_id:
                 out.append(MASK, style="bright_black")
                 continue
-            style = next(colour for least, colour in CLEAR if fresh[position] >= least) if position in fresh else ""
+            style = (
+                next(colour for least, colour in CLEAR if fresh[position] >= least)
+                if position in fresh
+                else ""
+            )
             out.append(visible(self.pieces[token]), style=style)
-        out.append(f"\nforward {forwards}, block {commit.block}, {commit.masks_left} left in it", style="bright_black")
+        out.append(
+            f"\nforward {forwards}, block {commit.block}, {commit.masks_left} left in it",
+            style="bright_black",
+        )
         return out

@@ -30,7 +30,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
     def options(self) -> list[str]:
-        return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        return [
+            option for action in self._actions for option in action.option_strings if option.startswith("--")
+        ]
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
@@ -55,7 +57,9 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise SystemExit(0)
     for word in rest:
         if word.startswith("-") and word != "-":
-            command.error(f"unknown option {word.split('=')[0]}{nearest(word.split('=')[0], command.options())}")
+            command.error(
+                f"unknown option {word.split('=')[0]}{nearest(word.split('=')[0], command.options())}"
+            )
     if rest:
         command.error(f"unexpected argument {rest[0]!r}; put a prompt of several words in quotes")
     args.parser = command
@@ -79,35 +83,73 @@ def _generate(commands) -> Parser:
         epilog="Defaults of the decoding options are those of unmask.generate.",
     )  # fmt: skip
     p.add_argument("prompt", help="the prompt; - reads it from standard input")
-    p.add_argument("-m", "--model", default="tiny", help="model folder, or Hugging Face id in the local cache (default: tiny, embedded)")
-    p.add_argument("--download", action="store_true", help="fetch the model if it is not on this machine (never done otherwise)")
+    p.add_argument(
+        "-m",
+        "--model",
+        default="tiny",
+        help="model folder, or Hugging Face id in the local cache (default: tiny, embedded)",
+    )
+    p.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch the model if it is not on this machine (never done otherwise)",
+    )
     p.add_argument("--dtype", help="float32 or bfloat16 (default: as stored)")
     p.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
     p.add_argument(
-        "--chat", action=argparse.BooleanOptionalAction, help="apply the model's chat template to the prompt (default: only for tiny)"
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="apply the model's chat template to the prompt (default: only for tiny)",
     )
     d = p.add_argument_group("decoding")
-    d.add_argument("--max-new-tokens", type=_integer, metavar="N", help="positions to fill after the prompt (default 32)")
-    d.add_argument("--block-size", type=_integer, metavar="N", help="positions denoised together, block by block (default 32)")
+    d.add_argument(
+        "--max-new-tokens", type=_integer, metavar="N", help="positions to fill after the prompt (default 32)"
+    )
+    d.add_argument(
+        "--block-size",
+        type=_integer,
+        metavar="N",
+        help="positions denoised together, block by block (default 32)",
+    )
     d.add_argument("--policy", help="threshold (default), factor or quota")
     d.add_argument("--score", help="what orders positions: confidence (default), margin, entropy or random")
-    d.add_argument("--threshold", type=_number, metavar="X", help="policy threshold: commit every position that scores X (default 0.9)")
+    d.add_argument(
+        "--threshold",
+        type=_number,
+        metavar="X",
+        help="policy threshold: commit every position that scores X (default 0.9)",
+    )
     d.add_argument("--factor", type=_number, metavar="X", help="policy factor: how bold it is (default 1.0)")
-    d.add_argument("--steps", type=_integer, metavar="N", help="policy quota: forwards in all (default: one per token)")
-    d.add_argument("--temperature", type=_number, metavar="X", help="0 takes the most likely token (default), above 0 samples")
+    d.add_argument(
+        "--steps", type=_integer, metavar="N", help="policy quota: forwards in all (default: one per token)"
+    )
+    d.add_argument(
+        "--temperature",
+        type=_number,
+        metavar="X",
+        help="0 takes the most likely token (default), above 0 samples",
+    )
     d.add_argument("--cache", help="none (exact), prefix or dual (approximate on bidirectional models)")
     d.add_argument("--seed", type=_integer, metavar="N", help="same seed, same text (default 0)")
-    d.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
+    d.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be given several times"
+    )
     o = p.add_argument_group("output").add_mutually_exclusive_group()
     o.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    o.add_argument("--live", action="store_true", help="redraw the text as it denoises (plain lines if this is no terminal)")
+    o.add_argument(
+        "--live",
+        action="store_true",
+        help="redraw the text as it denoises (plain lines if this is no terminal)",
+    )
     p.set_defaults(run=_lazily("generate"))
     return p
 
 
 def _doctor(commands) -> Parser:
     p = commands.add_parser(
-        "doctor", help="check this installation", description="Versions, instruction set, kernels, a self-test, where models are looked for."
+        "doctor",
+        help="check this installation",
+        description="Versions, instruction set, kernels, a self-test, where models are looked for.",
     )
     p.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     p.set_defaults(run=_lazily("doctor"))
@@ -119,7 +161,9 @@ def _bench(commands) -> Parser:
         "bench", help="time the kernels on this machine",
         description="Time each op at a production shape beside the plain PyTorch it replaces (about half a minute).",
     )  # fmt: skip
-    p.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="default: both")
+    p.add_argument(
+        "--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="default: both"
+    )
     p.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
     p.add_argument("--rounds", type=_positive, default=3, metavar="N", help="interleaved rounds (default 3)")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

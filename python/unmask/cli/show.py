@@ -8,7 +8,9 @@ MASK = "\u2592"
 """Stands for one undecided position."""
 
 _CONTROL = {c: 0x2400 + c for c in range(0x20)} | {0x7F: 0x2421} | {c: 0xFFFD for c in range(0x80, 0xA0)}
-_CONTROL |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F), 0xFFFD)  # they reorder what follows
+_CONTROL |= dict.fromkeys(
+    (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F), 0xFFFD
+)  # they reorder what follows
 
 
 def visible(text: str, keep: str = "\n\t") -> str:
