@@ -71,7 +71,7 @@ def test_chat_template_adds_the_mark_once() -> None:
 def test_one_token_per_step_on_held_out_prompts(
     name: str, decode: evaluate.Decode, tokenizer: Tokenizer
 ) -> None:
-    examples = held_out_examples(name, 100)
+    examples = held_out_examples(name, 60)
     assert evaluate.score(examples, tokenizer, decode, evaluate.ONE_PER_STEP, 32).accuracy >= 0.8
 
 
@@ -79,7 +79,7 @@ def test_one_token_per_step_on_held_out_prompts(
 def test_threshold_half_loses_on_many_answers(
     name: str, decode: evaluate.Decode, tokenizer: Tokenizer
 ) -> None:
-    examples = held_out_examples(name, 100)
+    examples = held_out_examples(name, 60)
     low, high = (evaluate.score(examples, tokenizer, decode, t, 32) for t in (0.5, 0.95))
     assert low.accuracy <= high.accuracy - 0.05
     assert low.tokens_per_forward > high.tokens_per_forward
@@ -89,7 +89,7 @@ def test_threshold_half_loses_on_many_answers(
 def test_canvas_length_hardly_matters(new_tokens: int, decode: evaluate.Decode, tokenizer: Tokenizer) -> None:
     right = total = 0
     for name in set(TASKS) - {"json"}:  # a record may need more than 16 tokens
-        result = evaluate.score(held_out_examples(name, 40), tokenizer, decode, 0.95, new_tokens)
+        result = evaluate.score(held_out_examples(name, 15), tokenizer, decode, 0.95, new_tokens)
         right, total = right + result.right, total + result.prompts
     assert right / total >= 0.85
 
