@@ -1,4 +1,4 @@
-"""The command line tool: output, exit codes, mistakes, Ctrl-C, the live view, (doctor and bench: test_cli_doctor.py)."""
+"""The command line tool: output, exit codes, mistakes, Ctrl-C, the live view (doctor and bench: test_cli_doctor.py)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     import unmask
     model = unmask.load("tiny")
-    print(unmask.generate(model, "reverse : a b c").text)
+    print(unmask.generate(model, "reverse a b c =>").text)
 
 Importing this package loads nothing heavy; torch and the op library come with the first use of a name below.
 """
