@@ -237,9 +237,10 @@ class Attention {
       if constexpr (E::kDot) {
 #if defined(UNMASK_ISA_IS_AVX512BF16)
         for (int j = 0; j < n; j += 2) {
-          const vf p0 = round_bf16(exp2_neg(vsub(vload(s + j * kPanel), safe)));
-          const vf p1 = j + 1 < n ? round_bf16(exp2_neg(vsub(vload(s + (j + 1) * kPanel), safe))) : vset(0.0f);
-          sum = vadd(vadd(sum, p0), p1);
+          const vf e0 = exp2_neg(vsub(vload(s + j * kPanel), safe));
+          const vf e1 = j + 1 < n ? exp2_neg(vsub(vload(s + (j + 1) * kPanel), safe)) : vset(0.0f);
+          const vf p0 = round_bf16(e0), p1 = round_bf16(e1);
+          sum = vadd(vadd(sum, e0), e1);  // unrounded: lse keeps fp32 accuracy
           const __m512i pair =
               _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(p0.v), 16), _mm512_castps_si512(p1.v));
           _mm512_storeu_si512(s + j / 2 * kPanel, pair);

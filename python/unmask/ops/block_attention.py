@@ -29,8 +29,7 @@ def block_attention(
     length), joined in order. Token t sees the first min(q_end[t], n_b) of them (all if q_end is None) and, of the last W, those whose
     column of mask[b, t - cu_q[b]] is True; if n_b < W the first W - n_b columns fall off. No causal order is implied.
 
-    Returns out [T, Hq, D] (dense, q's dtype) and lse float32 [T, Hq], the natural logsumexp of the scaled scores
-    (bf16 on AVX-512 BF16: of probabilities rounded to bf16, so good to 2^-9). A token that sees no
+    Returns out [T, Hq, D] (dense, q's dtype) and lse float32 [T, Hq], the natural logsumexp of the scaled scores. A token that sees no
     key, one outside every entry, and one of an entry with kv_row -1 (padding) gets out 0, lse -inf. NaN in K or V reaches only tokens
     that see it. On a CPU the bits of a token depend on its own entry only: not on the batch, padding or thread count.
 
