@@ -101,13 +101,14 @@ def _events(model: Model, prompts: Prompts, settings: Settings, quiet: bool) -> 
     state = DecodeState(
         prompts.canvases, prompts.given, config.mask_id, settings.schedule(), settings.steps_for_quota(prompts), seeds, model.device
     )
-    stop = _StopStrings(state, model.tokenizer, settings.stop) if settings.stop else None
+    eos_ids = config.eos_ids if settings.eos_stop else ()
+    stop = _StopStrings(state, model.tokenizer, settings.stop, eos_ids) if settings.stop else None
     engine = Engine(
         state,
         NativeBackend(model, state, config.mask_id, settings.cfg_scale),
         settings.policy_for(config),
         cache=settings.cache,
-        eos_ids=config.eos_ids if settings.eos_stop else (),
+        eos_ids=eos_ids,
         on_invalid=settings.on_invalid,
         settled=stop,
         record=settings.trace or not quiet,
@@ -187,10 +188,10 @@ def _trace_record(commit: EngineCommit, record: StepRecord) -> dict[str, Any]:
 class _StopStrings:
     """Ends a row when its settled text (no undecided position before it) holds a stop string."""
 
-    def __init__(self, state: DecodeState, tokenizer: Tokenizer, stop: Sequence[str]):
+    def __init__(self, state: DecodeState, tokenizer: Tokenizer, stop: Sequence[str], eos_ids: tuple[int, ...]):
         if not tokenizer.available:
             raise SettingError("stop needs a tokenizer, and this model's folder has no tokenizer.json; stop on token ids is eos_stop")
-        self.state, self.tokenizer, self.stop = state, tokenizer, tuple(stop)
+        self.state, self.tokenizer, self.stop, self.eos_ids = state, tokenizer, tuple(stop), eos_ids
         self._seen: dict[int, int] = {}
 
     def __call__(self, row: Row) -> str | None:
@@ -202,7 +203,8 @@ class _StopStrings:
         self._seen[row.index] = settled
         given = self.state.given[row.index, row.start : row.start + settled]
         ids = self.state.canvas[row.index, row.start : row.start + settled][~given].tolist()
-        text = self.tokenizer.decode(ids)
+        end = next((i for i, t in enumerate(ids) if t in self.eos_ids), len(ids))
+        text = self.tokenizer.decode(ids[:end])
         return "stop" if any(s in text for s in self.stop) else None
 
     def cut(self, ids: list[int], text: str) -> tuple[list[int], str]:

@@ -159,10 +159,10 @@ class Engine:
             row.step += 1
             if not row.active:
                 continue
-            if ended is not None and ended[entry]:
+            if self.settled is not None and (reason := self.settled(row)):
+                row.finish_reason = reason  # a stop string stands before the EOS that came in the same step
+            elif ended is not None and ended[entry]:
                 row.finish_reason = "eos"
-            elif self.settled is not None and (reason := self.settled(row)):
-                row.finish_reason = reason
             elif left[entry] == 0 and row.step >= self.min_steps(row):
                 self.state.next_block(row)
         return commits
