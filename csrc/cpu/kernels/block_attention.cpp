@@ -54,19 +54,19 @@ class Attention {
   // Divides by the sum and writes rows as tokens. A row that saw no score above -inf: zeros, lse -inf.
   void finish(State s) const {
     T* out = static_cast<T*>(p_.out);
-    for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t row = it_.row_begin + r, token = e_.q_begin + row / p_.group,
-                    head = it_.head * p_.group + row % p_.group;
+    Row row = first_row();
+    for (int64_t r = 0; r < rows_; ++r, row.next()) {
+      const int64_t at = row.token * p_.q_heads + row.head();
       const bool none = s.l[r] == 0.0f;
       const vf inverse = vset(none ? 0.0f : 1.0f / s.l[r]);
-      T* y = out + (token * p_.q_heads + head) * dim_;
+      T* y = out + at * dim_;
       const float* o = s.o + r * out_dim_;
       for (int64_t d = 0; d < dim_; d += kW) {
         const vf value = none ? vset(0.0f) : vmul(output_in_order<kOrder>(o, d), inverse);
         if (d + kW <= dim_) vstore(y + d, value);
         else vstore_n(y + d, value, static_cast<int>(dim_ - d));
       }
-      p_.lse[token * p_.q_heads + head] = none ? minus_inf() : (s.m[r] + log2f(s.l[r])) * kLn2;
+      p_.lse[at] = none ? minus_inf() : (s.m[r] + log2f(s.l[r])) * kLn2;
     }
   }
 
@@ -83,12 +83,25 @@ class Attention {
   int64_t min_end_ = 0, max_end_ = 0;
   int64_t slot_[kTile];  // cache slots of the tile's keys
 
+  // Packed rows in order; a 64-bit division per row would cost more than the row of a small call.
+  struct Row {
+    int64_t token, lane, group, first_head;
+    int64_t head() const { return first_head + lane; }
+    void next() {
+      if (++lane == group) lane = 0, ++token;
+    }
+  };
+  Row first_row() const {
+    const int64_t group = p_.group, r = it_.row_begin;
+    return {e_.q_begin + r / group, r % group, group, it_.head * group};
+  }
   int64_t token_of(int64_t r) const { return (it_.row_begin + r) / p_.group; }
 
   // Q^T panels; floats are scaled here (bf16 pairs cannot be: their scores are). Rows beyond the last are zeros.
   void pack_queries() {
     const T* q = static_cast<const T*>(p_.q);
     const vf scale = vset(p_.scale);
+    Row at = first_row();
     for (int64_t panel = 0; panel < rows_; panel += kPanel) {
       float* rows = x_.total;
       for (int64_t r = panel; r < panel + kPanel; ++r) {
@@ -97,8 +110,8 @@ class Attention {
           for (int64_t c = 0; c < cells_; ++c) row[c] = 0.0f;
           continue;
         }
-        const int64_t token = e_.q_begin + token_of(r), head = it_.head * p_.group + (it_.row_begin + r) % p_.group;
-        pack_row<E, kInput>(q + token * p_.q_stride[0] + head * p_.q_stride[1], p_.q_stride[2], dim_, row);
+        pack_row<E, kInput>(q + at.token * p_.q_stride[0] + at.head() * p_.q_stride[1], p_.q_stride[2], dim_, row);
+        at.next();
         if constexpr (!E::kDot) {
           int64_t c = 0;
           for (; c + kW <= cells_; c += kW) vstore(row + c, vmul(vload(row + c), scale));
@@ -113,8 +126,9 @@ class Attention {
     min_end_ = max_end_ = e_.keys;
     if (p_.q_end == nullptr) return;
     max_end_ = 0;
-    for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t end = max64(0, min64(e_.keys, p_.q_end[(e_.q_begin + token_of(r)) * p_.q_end_stride]));
+    Row row = first_row();
+    for (int64_t r = 0; r < rows_; ++r, row.next()) {
+      const int64_t end = max64(0, min64(e_.keys, p_.q_end[row.token * p_.q_end_stride]));
       x_.end[r] = end;
       min_end_ = min64(min_end_, end), max_end_ = max64(max_end_, end);
     }

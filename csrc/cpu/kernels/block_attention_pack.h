@@ -7,6 +7,8 @@
 //   kUnpack   per chunk of 32 (V with the native bf16 dot product): {8l + e}, then {8l + 4 + e}, l = 0..3, e = 0..3, which is what
 //             unpacklo / unpackhi of two V rows leave.
 #pragma once
+#include <stddef.h>
+
 #include "cpu/kernels/block_attention_micro.h"
 
 namespace unmask::cpu::UNMASK_ISA_NS {
@@ -52,6 +54,10 @@ UNMASK_INLINE void widen(const T* x, int64_t stride, int64_t n, float* out) {
 template <class E, Order order, class T>
 UNMASK_INLINE void pack_row(const T* x, int64_t stride, int64_t dim, float* out) {
   if constexpr (E::kDot) {
+    if (stride == 1) {
+      __builtin_memcpy(out, x, static_cast<size_t>(dim) * 2);
+      return;
+    }
     for (int64_t d = 0; d < dim; d += 2)
       out[d / 2] = bits_to_float(x[d * stride].bits | static_cast<uint32_t>(x[(d + 1) * stride].bits) << 16);
   } else {
