@@ -23,12 +23,13 @@ STABLE_TORCH_LIBRARY(unmask, m) {
       "q_end, "
       "Tensor? mask, float scale, Tensor(a!)? status=None) -> (Tensor, Tensor)");
 
-  // One read of the logits: token, (p, p1, p2, entropy, logsumexp), status, log-probability and logit at ids, top-k.
+  // One read of the logits. ids: token, then top-k ids; values: p, p1, p2, entropy, logsumexp, then (log-probability, logit) at each of
+  // the ids asked for, then top-k logits. One tensor per dtype: every output costs as much as the reduction of a thousand logits.
   m.def(
       "logit_stats(Tensor logits, Tensor? rows, Tensor? forbid, Tensor? suppress, Tensor? bias_ids, Tensor? bias, "
       "Tensor? ids, "
       "int topk, float temperature, Tensor? seed, Tensor? step, Tensor? pos) "
-      "-> (Tensor token, Tensor stats, Tensor status, Tensor at_ids, Tensor topk_id, Tensor topk_logit)");
+      "-> (Tensor ids, Tensor values, Tensor status)");
 
   // The same reduction over one vocabulary tile, folded into a running state (head_stats is built on it), and its end.
   m.def(
@@ -38,7 +39,7 @@ STABLE_TORCH_LIBRARY(unmask, m) {
       "pos) -> ()");
   m.def(
       "stats_finish(Tensor state, Tensor? id_logit, int topk) "
-      "-> (Tensor token, Tensor stats, Tensor status, Tensor at_ids, Tensor topk_id, Tensor topk_logit)");
+      "-> (Tensor ids, Tensor values, Tensor status)");
 
   // Order eligible positions by (score desc, position asc), apply the rule, write tokens in place. -> (committed, count, left)
   m.def(

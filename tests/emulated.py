@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from unmask.ops.logit_stats import STATE_WORDS
+from unmask.ops.logit_stats import FIELDS, STATE_WORDS
 
 ROOT = Path(__file__).resolve().parent.parent
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -41,9 +41,7 @@ class Job(ctypes.Structure):  # StatsJob, csrc/cuda/logit_stats.cuh
 
 
 class Outputs(ctypes.Structure):  # StatsOutputs
-    _fields_ = [("topk", c_int64), ("n_ids", c_int64)] + [
-        (name, c_void_p) for name in ("token", "stats", "status", "at_ids", "topk_id", "topk_logit")
-    ]
+    _fields_ = [("topk", c_int64), ("n_ids", c_int64), ("ids", c_void_p), ("values", c_void_p), ("status", c_void_p)]
 
 
 class Tile(ctypes.Structure):  # StateTile, csrc/cuda/logit_stats_fold.cuh
@@ -99,9 +97,10 @@ def _job(a: dict, entries: int, offset: int, vocab: int) -> Job:
 def _outputs(entries: int, n_ids: int, topk: int) -> tuple[tuple[torch.Tensor, ...], Outputs]:
     poison = 0x7FC0DEAD
     out = (
-        torch.full((entries,), poison), torch.full((entries, 5), 777.0), torch.full((entries,), poison, dtype=torch.int32),
-        torch.full((entries, n_ids, 2), 777.0), torch.full((entries, topk), poison), torch.full((entries, topk), 777.0),
-    )  # fmt: skip
+        torch.full((entries, 1 + topk), poison),
+        torch.full((entries, FIELDS + 2 * n_ids + topk), 777.0),
+        torch.full((entries,), poison, dtype=torch.int32),
+    )
     return out, Outputs(topk, n_ids, *(t.data_ptr() for t in out))
 
 

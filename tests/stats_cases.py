@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from unmask.ops.logit_stats import LogitStats
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -57,11 +59,11 @@ def arguments(a: dict) -> tuple:
 
 def assert_same(got: tuple, want: tuple) -> None:
     """Exact: token, status, logits at ids, top-k. Sums may differ in the order inside a chunk: 2e-6 of the largest term involved."""
-    token, stats, status, at_ids, topk_id, topk_logit = want
-    torch.testing.assert_close(got[2], status, rtol=0, atol=0)
-    torch.testing.assert_close(got[0], token, rtol=0, atol=0)
-    torch.testing.assert_close(got[1], stats, rtol=4e-6, atol=4e-6, equal_nan=True)
-    torch.testing.assert_close(got[3][..., 1], at_ids[..., 1], rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(got[3][..., 0], at_ids[..., 0], rtol=4e-6, atol=4e-6, equal_nan=True)
-    torch.testing.assert_close(got[4], topk_id, rtol=0, atol=0)
-    torch.testing.assert_close(got[5], topk_logit, rtol=0, atol=0)
+    got, want = LogitStats(*got), LogitStats(*want)
+    assert [t.shape for t in got] == [t.shape for t in want] and [t.dtype for t in got] == [t.dtype for t in want]
+    torch.testing.assert_close(got.status, want.status, rtol=0, atol=0)
+    torch.testing.assert_close(got.ids, want.ids, rtol=0, atol=0)
+    torch.testing.assert_close(got.stats, want.stats, rtol=4e-6, atol=4e-6, equal_nan=True)
+    torch.testing.assert_close(got.at_ids[..., 1], want.at_ids[..., 1], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(got.at_ids[..., 0], want.at_ids[..., 0], rtol=4e-6, atol=4e-6, equal_nan=True)
+    torch.testing.assert_close(got.topk_logit, want.topk_logit, rtol=0, atol=0)

@@ -292,9 +292,10 @@ def test_no_nan_escapes(where, dtype):
 @FUNCTIONS
 def test_empty(fn):
     out = fn(torch.empty(0, 50), topk=3, ids=torch.empty(0, 2, dtype=torch.int64))
-    assert [list(t.shape) for t in out] == [[0], [0, 5], [0], [0, 2, 2], [0, 3], [0, 3]]
+    parts = (*out, out.token, out.stats, out.at_ids, out.topk_id, out.topk_logit)
+    assert [list(t.shape) for t in parts] == [[0, 4], [0, 12], [0], [0], [0, 5], [0, 2, 2], [0, 3], [0, 3]]
     out = fn(torch.randn(3, 50), rows=torch.empty(0, dtype=torch.int64))
-    assert [list(t.shape) for t in out] == [[0], [0, 5], [0], [0, 0, 2], [0, 0], [0, 0]]
+    assert [list(t.shape) for t in (*out, out.at_ids, out.topk_id)] == [[0, 1], [0, 5], [0], [0, 0, 2], [0, 0]]
     assert fn(torch.empty(0, 50), rows=torch.tensor([0, -1])).status.tolist() == [Status.BAD_ROW, 0]
 
 

@@ -2,7 +2,11 @@
 #pragma once
 #include <cstdint>
 
+#include "common/noise.h"
+
 namespace unmask {
+
+constexpr int kStatsFields = 5;  // p, p1, p2, entropy, logsumexp
 
 enum class LogitType : int32_t { f32, bf16, f16 };
 
@@ -23,14 +27,21 @@ struct StatsInputs {
   int32_t kept;  // max(2, topk)
 };
 
+// Dense outputs, one tensor per dtype.
 struct StatsOutputs {
   int64_t topk, n_ids;
-  int64_t* token;     // [T']
-  float* stats;       // [T', 5]
-  int32_t* status;    // [T']
-  float* at_ids;      // [T', n_ids, 2]: log-probability, logit
-  int64_t* topk_id;   // [T', topk]
-  float* topk_logit;  // [T', topk]
+  int64_t* ids;     // [T', 1 + topk]: token | top-k ids
+  float*
+      values;  // [T', 5 + 2 n_ids + topk]: p, p1, p2, entropy, logsumexp | (log-probability, logit) per id | top-k logits
+  int32_t* status;  // [T']
+
+  UNMASK_HD int64_t id_width() const { return 1 + topk; }
+  UNMASK_HD int64_t value_width() const { return kStatsFields + 2 * n_ids + topk; }
+  UNMASK_HD int64_t* token(int64_t entry) const { return ids + entry * id_width(); }
+  UNMASK_HD int64_t* topk_id(int64_t entry) const { return token(entry) + 1; }
+  UNMASK_HD float* stats(int64_t entry) const { return values + entry * value_width(); }
+  UNMASK_HD float* at_ids(int64_t entry) const { return stats(entry) + kStatsFields; }
+  UNMASK_HD float* topk_logit(int64_t entry) const { return at_ids(entry) + 2 * n_ids; }
 };
 
 }  // namespace unmask

@@ -18,7 +18,7 @@
 namespace unmask::cpu {
 namespace {
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
 constexpr int64_t kSerialIds = 32768;  // below this many logits in all, a second thread costs more than it brings
 
@@ -103,17 +103,12 @@ void for_each_entry(const StatsArgs& a, int64_t entries, const Row& row_of, cons
 }
 
 Outputs new_outputs(int64_t entries, int64_t n_ids, int64_t topk, StatsOutputs* f) {
-  Outputs out{empty<1>({entries}, ScalarType::Long),       empty<2>({entries, 5}, ScalarType::Float),
-              empty<1>({entries}, ScalarType::Int),        empty<3>({entries, n_ids, 2}, ScalarType::Float),
-              empty<2>({entries, topk}, ScalarType::Long), empty<2>({entries, topk}, ScalarType::Float)};
-  *f = {topk,
-        n_ids,
-        static_cast<int64_t*>(std::get<0>(out).mutable_data_ptr()),
-        static_cast<float*>(std::get<1>(out).mutable_data_ptr()),
-        static_cast<int32_t*>(std::get<2>(out).mutable_data_ptr()),
-        static_cast<float*>(std::get<3>(out).mutable_data_ptr()),
-        static_cast<int64_t*>(std::get<4>(out).mutable_data_ptr()),
-        static_cast<float*>(std::get<5>(out).mutable_data_ptr())};
+  *f = {topk, n_ids, nullptr, nullptr, nullptr};
+  Outputs out{empty<2>({entries, f->id_width()}, ScalarType::Long),
+              empty<2>({entries, f->value_width()}, ScalarType::Float), empty<1>({entries}, ScalarType::Int)};
+  f->ids = static_cast<int64_t*>(std::get<0>(out).mutable_data_ptr());
+  f->values = static_cast<float*>(std::get<1>(out).mutable_data_ptr());
+  f->status = static_cast<int32_t*>(std::get<2>(out).mutable_data_ptr());
   return out;
 }
 
@@ -143,7 +138,7 @@ Outputs logit_stats(const Tensor& logits, const OptTensor& rows_arg, const OptTe
       st.next = static_cast<int32_t>(vocab);
       st.status = a.list_status;
       fold(r, &st);
-      float* logit = f.at_ids + e * a.n_ids * 2 + 1;
+      float* logit = f.at_ids(e) + 1;
       for (int64_t i = 0; i < a.n_ids; ++i) logit[2 * i] = neg_inf();
       if (a.n_ids > 0) st.status |= at_ids(a, e, r, logit, 2);
     } else if (rows.rows[e * rows.stride] != -1) {
@@ -228,7 +223,7 @@ Outputs stats_finish(const Tensor& state, const OptTensor& id_logit, int64_t top
     StatsState st = states.load(e);
     if (st.next != 0 && topk > st.kept) st.status |= kStatusBadSegment;  // the tiles kept fewer
     const float* logit = n_ids > 0 ? data<float>(*id_logit) + e * id_logit->stride(0) : nullptr;
-    for (int64_t i = 0; i < n_ids; ++i) f.at_ids[(e * n_ids + i) * 2 + 1] = logit[i * id_logit->stride(1)];
+    for (int64_t i = 0; i < n_ids; ++i) f.at_ids(e)[2 * i + 1] = logit[i * id_logit->stride(1)];
     outputs(f, e, &st);
   }
   return out;

@@ -14,7 +14,7 @@
 namespace unmask::cuda {
 namespace {
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   return torch::stable::new_empty(like, sizes, std::make_optional(type));
@@ -26,17 +26,12 @@ T* data(const Tensor& t) {
 }
 
 Outputs new_outputs(const Tensor& like, int64_t entries, int64_t n_ids, int64_t topk, StatsOutputs* f) {
-  Outputs out{empty(like, {entries}, ScalarType::Long),       empty(like, {entries, 5}, ScalarType::Float),
-              empty(like, {entries}, ScalarType::Int),        empty(like, {entries, n_ids, 2}, ScalarType::Float),
-              empty(like, {entries, topk}, ScalarType::Long), empty(like, {entries, topk}, ScalarType::Float)};
-  *f = {topk,
-        n_ids,
-        data<int64_t>(std::get<0>(out)),
-        data<float>(std::get<1>(out)),
-        data<int32_t>(std::get<2>(out)),
-        data<float>(std::get<3>(out)),
-        data<int64_t>(std::get<4>(out)),
-        data<float>(std::get<5>(out))};
+  *f = {topk, n_ids, nullptr, nullptr, nullptr};
+  Outputs out{empty(like, {entries, f->id_width()}, ScalarType::Long),
+              empty(like, {entries, f->value_width()}, ScalarType::Float), empty(like, {entries}, ScalarType::Int)};
+  f->ids = data<int64_t>(std::get<0>(out));
+  f->values = data<float>(std::get<1>(out));
+  f->status = data<int32_t>(std::get<2>(out));
   return out;
 }
 

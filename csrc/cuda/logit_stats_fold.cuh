@@ -147,9 +147,9 @@ UNMASK_DEVICE void write_outputs(const StatsOutputs& out, int64_t entry, const W
   const EntryStats r = finish_stats(whole);
   const bool none = st.next == 0, valid = !none && !is_invalid(r.status);
   if (lane_id() == 0) {
-    out.token[entry] = r.token;
+    *out.token(entry) = r.token;
     out.status[entry] = r.status;
-    float* stats = out.stats + entry * 5;
+    float* stats = out.stats(entry);
     stats[0] = r.p;
     stats[1] = r.p1;
     stats[2] = r.p2;
@@ -157,14 +157,14 @@ UNMASK_DEVICE void write_outputs(const StatsOutputs& out, int64_t entry, const W
     stats[4] = r.logsumexp;
   }
   for (int64_t i = lane_id(); i < out.n_ids; i += 32) {
-    float* at = out.at_ids + (entry * out.n_ids + i) * 2;
+    float* at = out.at_ids(entry) + 2 * i;
     if (!valid) at[1] = none ? 0.0f : quiet_nan();
     at[0] = valid ? log_probability(at[1], st.sum) : at[1];
   }
   if (lane_id() < out.topk) {
     const bool there = valid && lane_id() < st.kept;
-    out.topk_id[entry * out.topk + lane_id()] = there ? st.top.id : -1;
-    out.topk_logit[entry * out.topk + lane_id()] = there ? st.top.v : neg_inf();
+    out.topk_id(entry)[lane_id()] = there ? st.top.id : -1;
+    out.topk_logit(entry)[lane_id()] = there ? st.top.v : neg_inf();
   }
 }
 
@@ -179,7 +179,7 @@ UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, 4) stats_fold(const StatsJob job, cons
     st.next = static_cast<int32_t>(job.in.vocab);
     st.status = list_status(job) | bias_status(job.in, entry);
     fold_partials(job, entry, &st);
-    float* logit = out.at_ids + entry * out.n_ids * 2 + 1;
+    float* logit = out.at_ids(entry) + 1;
     for (int64_t i = lane_id(); i < out.n_ids; i += 32) logit[2 * i] = neg_inf();
     st.status |= gather_ids(job, entry, row, logit, 2);
   } else if (row != -1) {
@@ -228,8 +228,7 @@ stats_end(const StateTile tile, const StatsOutputs out, const int64_t entries) {
   WarpState st = StateRow{tile.state + entry * tile.state_stride[0], tile.state_stride[1]}.load();
   if (st.next != 0 && out.topk > st.kept) st.status |= kStatusBadSegment;  // the tiles kept fewer
   const float* logit = tile.id_logit + entry * tile.id_stride[0];
-  for (int64_t i = lane_id(); i < out.n_ids; i += 32)
-    out.at_ids[(entry * out.n_ids + i) * 2 + 1] = logit[i * tile.id_stride[1]];
+  for (int64_t i = lane_id(); i < out.n_ids; i += 32) out.at_ids(entry)[2 * i + 1] = logit[i * tile.id_stride[1]];
   write_outputs(out, entry, st);
 }
 

@@ -263,23 +263,23 @@ int32_t stats_at_ids(const StatsArgs& args, int64_t entry, int64_t row, float* o
 void stats_outputs(const StatsOutputs& args, int64_t entry, const StatsState* state) {
   const EntryStats r = finish_stats(*state);
   const bool none = state->next == 0, valid = !none && !is_invalid(r.status);
-  args.token[entry] = r.token;
+  *args.token(entry) = r.token;
   args.status[entry] = r.status;
-  float* stats = args.stats + entry * 5;
+  float* stats = args.stats(entry);
   stats[0] = r.p;
   stats[1] = r.p1;
   stats[2] = r.p2;
   stats[3] = r.entropy;
   stats[4] = r.logsumexp;
   for (int64_t i = 0; i < args.n_ids; ++i) {
-    float* at = args.at_ids + (entry * args.n_ids + i) * 2;
+    float* at = args.at_ids(entry) + 2 * i;
     if (!valid) at[1] = none ? 0.0f : quiet_nan();
     at[0] = valid ? log_probability(at[1], state->sum) : at[1];
   }
   for (int64_t k = 0; k < args.topk; ++k) {
     const Cand c = valid && k < state->kept ? state->top[k] : no_cand();
-    args.topk_id[entry * args.topk + k] = c.id;
-    args.topk_logit[entry * args.topk + k] = c.v;
+    args.topk_id(entry)[k] = c.id;
+    args.topk_logit(entry)[k] = c.v;
   }
 }
 

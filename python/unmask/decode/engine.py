@@ -105,7 +105,7 @@ class Engine:
         if self._drops is not None:
             # the probability of the chosen token once the dropped ids are gone: 0 for a dropped id itself
             clean = self.backend.reduce(plan, live, suppress=self._drops, ids=stats.token.unsqueeze(1))
-            stats = stats._replace(stats=torch.cat([clean.at_ids[:, 0, :1].exp(), stats.stats[:, 1:]], dim=1))
+            stats.p.copy_(clean.at_ids[:, 0, 0].exp())
         score = policy.scores(stats, **key)
         result = ops.commit(
             state.canvas, state.masked, plan.cu, plan.row, plan.cand_pos, stats.token, score,

@@ -109,11 +109,12 @@ def _scatter(part: LogitStats, live: torch.Tensor, rows: torch.Tensor, m: int) -
         out[live] = value
         return out
 
-    status = spread(part.status, 0)
+    status, ids, values = spread(part.status, 0), spread(part.ids, -1), spread(part.values, 0.0)
     bad = (rows < -1) | (rows >= m)
     status[bad] = int(Status.BAD_ROW)
-    stats, at_ids = spread(part.stats, 0.0), spread(part.at_ids, 0.0)
-    stats[bad], at_ids[bad] = float("nan"), float("nan")
-    return LogitStats(
-        spread(part.token, -1), stats, status, at_ids, spread(part.topk_id, -1), spread(part.topk_logit, float("-inf"))
-    )
+    values[bad] = float("nan")
+    absent = torch.ones(n, dtype=torch.bool, device=rows.device)
+    absent[live] = False
+    result = LogitStats(ids, values, status)
+    result.topk_logit[absent] = float("-inf")
+    return result

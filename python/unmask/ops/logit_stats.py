@@ -9,46 +9,76 @@ import torch
 CHUNK = 4096  # ids reduced at once; tiles start at multiples of it (csrc/common/online.h)
 STATE_WORDS = 25  # int32 words of one entry's running state (csrc/common/online.h)
 TOPK_MAX = 8
+FIELDS = 5  # p, p1, p2, entropy, logsumexp
 
 
 class LogitStats(NamedTuple):
-    """What `logit_stats` returns, per entry of rows. Fields as in the op; the properties are views of `stats`."""
+    """What `logit_stats` returns, per entry of rows: the op's three tensors; every property is a view of one of them."""
 
-    token: torch.Tensor  # int64 [T']; -1: none or invalid
-    stats: torch.Tensor  # float32 [T', 5]: p, p1, p2, entropy, logsumexp
+    ids: torch.Tensor  # int64 [T', 1 + K]: token, then top-k ids
+    values: torch.Tensor  # float32 [T', 5 + 2 J + K]: p, p1, p2, entropy, logsumexp, then at_ids, then top-k logits
     status: torch.Tensor  # int32 [T'], bits of Status
-    at_ids: torch.Tensor  # float32 [T', J, 2]: log-probability and logit
-    topk_id: torch.Tensor  # int64 [T', K]
-    topk_logit: torch.Tensor  # float32 [T', K]
+
+    @classmethod
+    def pack(cls, token, stats, status, at_ids, topk_id, topk_logit) -> LogitStats:
+        """From separate tensors, shaped and typed as the properties of these names."""
+        return cls(torch.cat((token[:, None], topk_id), 1), torch.cat((stats, at_ids.flatten(1), topk_logit), 1), status)
+
+    @property
+    def token(self) -> torch.Tensor:
+        """int64 [T']; -1: none or invalid."""
+        return self.ids[:, 0]
+
+    @property
+    def stats(self) -> torch.Tensor:
+        """float32 [T', 5]: p, p1, p2, entropy, logsumexp."""
+        return self.values[:, :FIELDS]
 
     @property
     def p(self) -> torch.Tensor:
-        """Probability of the token."""
-        return self.stats[:, 0]
+        """Probability of the token, float32 [T']."""
+        return self.values[:, 0]
 
     @property
     def p1(self) -> torch.Tensor:
-        """Probability of the best candidate."""
-        return self.stats[:, 1]
+        """Probability of the best candidate, float32 [T']."""
+        return self.values[:, 1]
 
     @property
     def p2(self) -> torch.Tensor:
-        """Probability of the second best candidate; 0 if there is one only."""
-        return self.stats[:, 2]
+        """Probability of the second best candidate, float32 [T']; 0 if there is one only."""
+        return self.values[:, 2]
 
     @property
     def margin(self) -> torch.Tensor:
-        """p1 - p2."""
-        return self.stats[:, 1] - self.stats[:, 2]
+        """p1 - p2, float32 [T']."""
+        return self.values[:, 1] - self.values[:, 2]
 
     @property
     def entropy(self) -> torch.Tensor:
-        """Entropy of the softmax, in nats."""
-        return self.stats[:, 3]
+        """Entropy of the softmax in nats, float32 [T']."""
+        return self.values[:, 3]
 
     @property
     def logsumexp(self) -> torch.Tensor:
-        return self.stats[:, 4]
+        """float32 [T']."""
+        return self.values[:, 4]
+
+    @property
+    def at_ids(self) -> torch.Tensor:
+        """float32 [T', J, 2]: log-probability and logit."""
+        end = self.values.shape[1] - self.topk_id.shape[1]
+        return self.values[:, FIELDS:end].unflatten(1, ((end - FIELDS) // 2, 2))
+
+    @property
+    def topk_id(self) -> torch.Tensor:
+        """int64 [T', K], best first; -1: none."""
+        return self.ids[:, 1:]
+
+    @property
+    def topk_logit(self) -> torch.Tensor:
+        """float32 [T', K]; -inf: none."""
+        return self.values[:, self.values.shape[1] - self.topk_id.shape[1] :]
 
 
 def logit_stats(
@@ -131,12 +161,9 @@ def stats_finish(state: torch.Tensor, id_logit: torch.Tensor | None = None, topk
 def _outputs(like: torch.Tensor, entries, n_ids, topk: int):
     new = like.new_empty
     return (
-        new((entries,), dtype=torch.int64),
-        new((entries, 5), dtype=torch.float32),
+        new((entries, 1 + topk), dtype=torch.int64),
+        new((entries, FIELDS + 2 * n_ids + topk), dtype=torch.float32),
         new((entries,), dtype=torch.int32),
-        new((entries, n_ids, 2), dtype=torch.float32),
-        new((entries, topk), dtype=torch.int64),
-        new((entries, topk), dtype=torch.float32),
     )
 
 

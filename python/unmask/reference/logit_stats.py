@@ -77,7 +77,7 @@ def logit_stats(
     for bad, value in ((invalid, float("nan")), (none, 0.0)):
         stats[bad], at_ids[bad] = value, value
         token[bad], topk_id[bad], topk_logit[bad] = -1, -1, -_INF
-    return LogitStats(token, stats, status.int(), at_ids, topk_id, topk_logit)
+    return LogitStats.pack(token, stats, status.int(), at_ids, topk_id, topk_logit)
 
 
 def _inside(ids: torch.Tensor | None, vocab: int) -> torch.Tensor:
