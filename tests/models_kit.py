@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from unmask.errors import CheckpointError
+from unmask.models import inspect, load_tensors
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "llada" / "checkpoint"
 
@@ -90,3 +95,24 @@ def write_raw(file: Path, header: dict | bytes, data: bytes) -> None:
     """A safetensors file with any header, right or wrong."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def load(folder: Path, **arguments) -> dict[str, torch.Tensor]:
+    return dict(load_tensors(inspect(folder), **arguments))
+
+
+def problems(folder: Path) -> list[str]:
+    with pytest.raises(CheckpointError) as caught:
+        inspect(folder)
+    return caught.value.problems
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def environment() -> dict[str, str]:
+    source = str(Path(__file__).resolve().parent.parent / "python")
+    return os.environ | {"PYTHONPATH": source + os.pathsep + os.environ.get("PYTHONPATH", "")}
