@@ -1,6 +1,8 @@
 """Call overhead: microseconds per call of every op at the smallest sizes, through torch.ops and through the wrapper in unmask.ops.
 
 Wanted: 6 us up to 12 arguments, 9 us above; the wrapper adds at most 2 us. One thread (a tiny call never starts others).
+`torch alone` is the floor, measured in the same run: an op with the same schema that reads nothing and returns as many new tensors
+(floor_ops.cpp). `ours us` is what our code adds to it.
 
     python bench/bench_overhead.py [--quick]
 """
@@ -12,6 +14,7 @@ import argparse
 import torch
 from tqdm import tqdm
 
+import floor_ops
 import report
 import timing
 from unmask import ops
@@ -67,22 +70,24 @@ def main() -> None:
     missing = {e.op for e in examples()} - set(calls) - {"info"}
     if missing:
         raise SystemExit(f"no tiny call for {sorted(missing)}")
+    floor_ops.load(list(calls))
     fns = {"empty lambda": lambda: None}
     for name, (op_args, wrapper) in calls.items():
-        op = getattr(torch.ops.unmask, name)
+        op, floor = getattr(torch.ops.unmask, name), getattr(torch.ops.unmask_floor, name)
         fns[f"{name} op"] = lambda op=op, op_args=op_args: op(*op_args)
+        fns[f"{name} floor"] = lambda op=floor, op_args=op_args: op(*op_args)
         fns[f"{name} wrapper"] = wrapper
     times = {}
     with torch.inference_mode():
         for name in tqdm(calls, unit="op"):
-            pair = {label: fns[label] for label in (f"{name} op", f"{name} wrapper", "empty lambda")}
+            pair = {label: fns[label] for label in (f"{name} op", f"{name} floor", f"{name} wrapper", "empty lambda")}
             times |= timing.measure(
                 pair, rounds=3 if args.quick else 9, min_time=0.02 if args.quick else 0.05, sample_time=2e-3
             )
     rows, slow = [], []
     for name in calls:
         arguments = len(getattr(torch.ops.unmask, name).default._schema.arguments)
-        op, wrapper = ((times[f"{name} {kind}"] - times["empty lambda"]) * 1e6 for kind in ("op", "wrapper"))
+        op, floor, wrapper = ((times[f"{name} {kind}"] - times["empty lambda"]) * 1e6 for kind in ("op", "floor", "wrapper"))
         wanted = WANTED_FEW if arguments <= FEW_ARGUMENTS else WANTED_MANY
         low = (times[f"{name} op"].p10 - times["empty lambda"].p10) * 1e6
         row = {
@@ -91,6 +96,8 @@ def main() -> None:
             "torch.ops us": op,
             "wanted": wanted,
             "10th percentile us": low,
+            "torch alone": floor,
+            "ours us": op - floor,
         }
         rows.append(row | {"wrapper us": wrapper, "wrapper adds us": wrapper - op})
         if op > wanted or wrapper - op > WANTED_WRAPPER:

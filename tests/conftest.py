@@ -40,3 +40,16 @@ def cuda() -> torch.device:
 
     assert cuda_archs(), "a CUDA device is here, but the op library was built without CUDA kernels"
     return torch.device("cuda")
+
+
+@pytest.fixture
+def six_gb_of_gpu_memory(cuda) -> None:
+    if torch.cuda.mem_get_info()[0] < 6 << 30:
+        pytest.skip("needs 6 GB of free GPU memory")
+
+
+@pytest.fixture
+def second_gpu(cuda) -> torch.device:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    return torch.device("cuda:1")

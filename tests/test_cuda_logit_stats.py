@@ -75,10 +75,9 @@ def test_empty_and_many_rows():
         assert_same(on_gpu(a), native("logit_stats")(*arguments(a)))
 
 
+@pytest.mark.usefixtures("six_gb_of_gpu_memory")
 def test_more_than_2_to_the_31_elements():
     vocab, n = 126464, 17_000
-    if torch.cuda.mem_get_info()[0] < 6 << 30:
-        pytest.skip("needs 6 GB of free GPU memory")
     logits = torch.zeros(n, vocab, dtype=torch.float16, device="cuda")
     logits[n - 1, vocab - 1] = 9.0
     ids, values, status = native("logit_stats", "CUDA")(logits, *[None] * 6, 0, 0.0, None, None, None)
@@ -108,9 +107,8 @@ def test_current_stream_and_graph_capture():
     assert_same_bits([t.cpu() for t in got], want)
 
 
+@pytest.mark.usefixtures("second_gpu")
 def test_another_device_than_the_current_one():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one GPU only")
     a = call(4097, torch.float32, 2)
     got = native("logit_stats", "CUDA")(*(v.to("cuda:1") if isinstance(v, torch.Tensor) else v for v in arguments(a)))
     assert got[0].device.index == 1 and torch.cuda.current_device() == 0
