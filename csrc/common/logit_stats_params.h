@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "common/noise.h"
+#include "common/online.h"
 
 namespace unmask {
 
@@ -42,6 +42,13 @@ struct StatsOutputs {
   UNMASK_HD float* stats(int64_t entry) const { return values + entry * value_width(); }
   UNMASK_HD float* at_ids(int64_t entry) const { return stats(entry) + kStatsFields; }
   UNMASK_HD float* topk_logit(int64_t entry) const { return at_ids(entry) + 2 * n_ids; }
+
+  UNMASK_HD void write(int64_t entry, const EntryStats& r) const {
+    *token(entry) = r.token;
+    status[entry] = r.status;
+    float* x = stats(entry);
+    x[0] = r.p, x[1] = r.p1, x[2] = r.p2, x[3] = r.entropy, x[4] = r.logsumexp;
+  }
 };
 
 }  // namespace unmask

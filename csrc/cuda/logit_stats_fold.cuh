@@ -146,16 +146,7 @@ UNMASK_DEVICE void write_outputs(const StatsOutputs& out, int64_t entry, const W
   for (int i = 0; i < 2; ++i) whole.top[i] = {warp_get(st.top.v, i), warp_get(st.top.id, i)};
   const EntryStats r = finish_stats(whole);
   const bool none = st.next == 0, valid = !none && !is_invalid(r.status);
-  if (lane_id() == 0) {
-    *out.token(entry) = r.token;
-    out.status[entry] = r.status;
-    float* stats = out.stats(entry);
-    stats[0] = r.p;
-    stats[1] = r.p1;
-    stats[2] = r.p2;
-    stats[3] = r.entropy;
-    stats[4] = r.logsumexp;
-  }
+  if (lane_id() == 0) out.write(entry, r);
   for (int64_t i = lane_id(); i < out.n_ids; i += 32) {
     float* at = out.at_ids(entry) + 2 * i;
     if (!valid) at[1] = none ? 0.0f : quiet_nan();

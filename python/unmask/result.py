@@ -42,7 +42,8 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Commit:
-    """Positions that one forward settled in one row, most certain first. canvas: the row after it (mask id where undecided)."""
+    """Positions that one forward settled in one row, most certain first. canvas: the row after it (mask id where undecided).
+    step: counts from 0 in its block. nfe: forwards of this row so far, with this one."""
 
     kind: ClassVar[str] = "commit"
     row: int

@@ -263,14 +263,7 @@ int32_t stats_at_ids(const StatsArgs& args, int64_t entry, int64_t row, float* o
 void stats_outputs(const StatsOutputs& args, int64_t entry, const StatsState* state) {
   const EntryStats r = finish_stats(*state);
   const bool none = state->next == 0, valid = !none && !is_invalid(r.status);
-  *args.token(entry) = r.token;
-  args.status[entry] = r.status;
-  float* stats = args.stats(entry);
-  stats[0] = r.p;
-  stats[1] = r.p1;
-  stats[2] = r.p2;
-  stats[3] = r.entropy;
-  stats[4] = r.logsumexp;
+  args.write(entry, r);
   for (int64_t i = 0; i < args.n_ids; ++i) {
     float* at = args.at_ids(entry) + 2 * i;
     if (!valid) at[1] = none ? 0.0f : quiet_nan();

@@ -28,7 +28,7 @@ class Backend(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Commit:
-    """What one forward settled in one row, in order of (score desc, position asc)."""
+    """What one forward settled in one row, in order of (score desc, position asc). nfe: forwards of this row so far, with this one."""
 
     row: int
     block: int
@@ -191,7 +191,7 @@ class Engine:
             )
             out.append(
                 Commit(
-                    row.index, row.block, row.step, row.nfe, [p for _, p, _ in triples], [t for _, _, t in triples],
+                    row.index, row.block, row.step, row.nfe + 1, [p for _, p, _ in triples], [t for _, _, t in triples],
                     [-s for s, _, _ in triples], left[entry],
                 )  # fmt: skip
             )

@@ -1,7 +1,8 @@
 """Trace of a run: one record per forward and row, deltas only.
 
 Record: {"row", "block", "step", "nfe", "committed": [[position, id, score], ...], "edited": [], "masks_left", "ms"}; positions are canvas
-positions, committed in order of (score desc, position asc). `write_jsonl` puts a versioned header line before the records.
+positions, committed in order of (score desc, position asc); step counts from 0 in its block, nfe is the row's forwards so far with this
+one. `write_jsonl` puts a versioned header line before the records.
 """
 
 from __future__ import annotations
