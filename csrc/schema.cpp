@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY(unmask, m) {
       "q_end, "
       "Tensor? mask, float scale, Tensor(a!)? status=None) -> (Tensor, Tensor)");
 
-  // One read of the logits. ids: token, then top-k ids; values: p, p1, p2, entropy, logsumexp, then (log-probability, logit) at each of
+  // One read of the logits. ids: token, then top-k ids; values: p, p1, p2, entropy, logsumexp, 1 - p, then (log-probability, logit) at each of
   // the ids asked for, then top-k logits. One tensor per dtype: every output costs as much as the reduction of a thousand logits.
   m.def(
       "logit_stats(Tensor logits, Tensor? rows, Tensor? forbid, Tensor? suppress, Tensor? bias_ids, Tensor? bias, "

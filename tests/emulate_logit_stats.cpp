@@ -44,7 +44,7 @@ void run(StatsJob job, int64_t entries, int64_t group_chunks, int64_t entries_pe
   job.chunks = plan.chunks;
   job.group_chunks = plan.group_chunks;
   job.groups = plan.groups;
-  std::vector<uint32_t> sums(static_cast<size_t>(plan.entries_per_launch * plan.chunks * 3),
+  std::vector<uint32_t> sums(static_cast<size_t>(plan.entries_per_launch * plan.chunks * kSumWords),
                              0x7FC0DEADu);  // poison: NaN
   std::vector<uint32_t> best(static_cast<size_t>(plan.entries_per_launch * plan.groups * kGroupWords), 0x7FC0DEADu);
   job.sums = reinterpret_cast<SumExp*>(sums.data());

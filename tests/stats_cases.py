@@ -64,6 +64,7 @@ def assert_same(got: tuple, want: tuple) -> None:
     torch.testing.assert_close(got.status, want.status, rtol=0, atol=0)
     torch.testing.assert_close(got.ids, want.ids, rtol=0, atol=0)
     torch.testing.assert_close(got.stats, want.stats, rtol=4e-6, atol=4e-6, equal_nan=True)
+    torch.testing.assert_close(got.p_rest, want.p_rest, rtol=1e-5, atol=1e-37, equal_nan=True)
     torch.testing.assert_close(got.at_ids[..., 1], want.at_ids[..., 1], rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(got.at_ids[..., 0], want.at_ids[..., 0], rtol=4e-6, atol=4e-6, equal_nan=True)
     torch.testing.assert_close(got.topk_logit, want.topk_logit, rtol=0, atol=0)

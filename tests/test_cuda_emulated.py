@@ -11,6 +11,7 @@ import torch
 import emulated
 from native import native
 from stats_cases import DTYPES, arguments, assert_same, call
+from unmask.ops.logit_stats import STATE_WORDS
 
 SIZES = (1, 2, 7, 8, 511, 512, 513, 4095, 4096, 4097, 9001, 12288)
 
@@ -47,7 +48,7 @@ def test_tiles_give_the_same_bits_as_one_pass(temperature, seed):
     vocab = 9001
     a = call(vocab, torch.float32, seed, temperature)
     whole = {**a, "logits": a["logits"][a["rows"].clamp(0, 4)], "rows": None}
-    state = torch.zeros(10, 25, dtype=torch.int32)
+    state = torch.zeros(10, STATE_WORDS, dtype=torch.int32)
     id_logit = torch.full((4, 10), 777.0).T
     cpu_state, cpu_id_logit = state.clone(), id_logit.clone()
     for begin, end in ((0, 4096), (4096, vocab)):
@@ -66,11 +67,11 @@ def test_tiles_give_the_same_bits_as_one_pass(temperature, seed):
 def test_tiles_out_of_order_are_reported():
     a = {**call(8192, torch.float32, 3), "rows": None, "ids": None}
     a["seed"] = a["step"] = a["pos"] = torch.zeros(5, dtype=torch.int64)
-    state = torch.zeros(5, 25, dtype=torch.int32)
+    state = torch.zeros(5, STATE_WORDS, dtype=torch.int32)
     emulated.stats_tile({**a, "logits": a["logits"][:, 4096:]}, state, None, 4096, 8192)
     token, stats, status, *_ = emulated.stats_finish(state, None, 0)
     assert (token == -1).all() and stats.isnan().all() and (status & 32 != 0).all()
-    token, stats, status, *_ = emulated.stats_finish(torch.zeros(5, 25, dtype=torch.int32), None, 0)
+    token, stats, status, *_ = emulated.stats_finish(torch.zeros(5, STATE_WORDS, dtype=torch.int32), None, 0)
     assert (token == -1).all() and (stats == 0).all() and (status == 0).all()
 
 

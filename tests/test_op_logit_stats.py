@@ -47,6 +47,7 @@ def assert_close(got: LogitStats, want: LogitStats) -> None:
     torch.testing.assert_close(got.at_ids[..., 1], want.at_ids[..., 1], rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(got.at_ids[..., 0], want.at_ids[..., 0], rtol=5e-7, atol=3e-6, equal_nan=True)
     torch.testing.assert_close(got.stats, want.stats, rtol=2e-6, atol=3e-6, equal_nan=True)
+    torch.testing.assert_close(got.p_rest, want.p_rest, rtol=5e-6, atol=1e-37, equal_nan=True)
     assert [t.dtype for t in got] == [t.dtype for t in want] and [t.shape for t in got] == [t.shape for t in want]
 
 
@@ -81,6 +82,7 @@ TABLE = {
     "NaN": (row(0.0, NAN, 1.0), {}, -1, (NAN,) * 5, Status.NAN),
     "-NaN": (-row(0.0, NAN, 1.0), {}, -1, (NAN,) * 5, Status.NAN),
     "NaN beside +inf": (row(INF, NAN), {}, -1, (NAN,) * 5, Status.NAN),
+    "NaN between +infs": (row(*[INF] * 3, NAN, *[INF] * 60), {}, -1, (NAN,) * 5, Status.NAN),
     "NaN beside -inf": (row(-INF, NAN), {}, -1, (NAN,) * 5, Status.NAN),
     "forbidden NaN": (row(0.0, NAN), {"forbid": [1]}, -1, (NAN,) * 5, Status.NAN),
     "suppressed NaN": (row(0.0, NAN), {"suppress": [1]}, 0, (1, 1, 0, 0, 0), 0),
@@ -124,7 +126,11 @@ def test_table(fn, case):
     out = fn(logits, **options(given_options))
     assert out.token.tolist() == [token]
     assert out.status.tolist() == [int(status)]
-    for got, want in zip(out.stats[0].tolist(), stats, strict=True):
+    if out.token[0] >= 0:
+        assert float(out.p + out.p_rest) == pytest.approx(1.0, abs=1e-7)
+    else:
+        assert torch.equal(out.p_rest.nan_to_num(7.0), out.p.nan_to_num(7.0))
+    for got, want in zip(out.stats[0, :5].tolist(), stats, strict=True):
         assert want is None or got == pytest.approx(want, rel=3e-7, abs=1e-7, nan_ok=True)
 
 
@@ -293,10 +299,32 @@ def test_no_nan_escapes(where, dtype):
 def test_empty(fn):
     out = fn(torch.empty(0, 50), topk=3, ids=torch.empty(0, 2, dtype=torch.int64))
     parts = (*out, out.token, out.stats, out.at_ids, out.topk_id, out.topk_logit)
-    assert [list(t.shape) for t in parts] == [[0, 4], [0, 12], [0], [0], [0, 5], [0, 2, 2], [0, 3], [0, 3]]
+    assert [list(t.shape) for t in parts] == [[0, 4], [0, 13], [0], [0], [0, 6], [0, 2, 2], [0, 3], [0, 3]]
     out = fn(torch.randn(3, 50), rows=torch.empty(0, dtype=torch.int64))
-    assert [list(t.shape) for t in (*out, out.at_ids, out.topk_id)] == [[0, 1], [0, 5], [0], [0, 0, 2], [0, 0]]
+    assert [list(t.shape) for t in (*out, out.at_ids, out.topk_id)] == [[0, 1], [0, 6], [0], [0, 0, 2], [0, 0]]
     assert fn(torch.empty(0, 50), rows=torch.tensor([0, -1])).status.tolist() == [Status.BAD_ROW, 0]
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_sure_rows_keep_their_order(fn, dtype):
+    """Beside a probability of 1, fp32 holds nothing below 6e-8; 1 - p, ln p and the entropy must."""
+    gaps = torch.tensor([8.0, 16.0, 20.0, 24.0, 30.0, 32.0, 40.0, 60.0, 80.0])
+    x = torch.zeros(len(gaps), 9000)
+    x[:, 8000] = gaps
+    x[1, 17] = gaps[1]  # a tie at the top is not sure
+    out = fn(x.to(dtype), ids=torch.full((len(gaps), 1), 8000))
+    others = 8999 * torch.exp(-gaps.double())
+    others[1] = 1.0 + 8998 * math.exp(-16)
+    others = others / (others + 1.0)
+    assert out.token.tolist() == [8000, 17] + [8000] * 7
+    torch.testing.assert_close(out.p_rest.double(), others, rtol=3e-6, atol=0)
+    torch.testing.assert_close(out.confidence, 1.0 - others, rtol=0, atol=1e-7)
+    torch.testing.assert_close(out.at_ids[:, 0, 0].double(), torch.log1p(-others), rtol=3e-6, atol=0)
+    sure = torch.cat((others[:1], others[2:]))
+    want = -torch.log1p(-sure) * (1 - sure) - sure * torch.log(sure / 8999)
+    torch.testing.assert_close(torch.cat((out.entropy[:1], out.entropy[2:])).double(), want, rtol=3e-6, atol=0)
+    assert (out.p[2:] == 1.0).sum() >= 5 and (out.confidence[2:5].diff() > 0).all()
 
 
 # ---- tiles ------------------------------------------------------------------------------------------------------------
@@ -424,5 +452,5 @@ def test_wrapper_and_properties():
     x = torch.randn(4, 30)
     out = ops.logit_stats(x, torch.tensor([1, 2]), topk=2, forbid=torch.tensor([3]))
     assert_same_bits(out, kernel(x, rows=torch.tensor([1, 2]), topk=2, forbid=torch.tensor([3])))
-    assert torch.equal(torch.stack((out.p, out.p1, out.p2, out.entropy, out.logsumexp), 1), out.stats)
+    assert torch.equal(torch.stack((out.p, out.p1, out.p2, out.entropy, out.logsumexp, out.p_rest), 1), out.stats)
     assert torch.equal(out.margin, out.p1 - out.p2)

@@ -6,7 +6,7 @@
 
 namespace unmask {
 
-constexpr int kStatsFields = 5;  // p, p1, p2, entropy, logsumexp
+constexpr int kStatsFields = 6;  // p, p1, p2, entropy, logsumexp, 1 - p
 
 enum class LogitType : int32_t { f32, bf16, f16 };
 
@@ -32,7 +32,7 @@ struct StatsOutputs {
   int64_t topk, n_ids;
   int64_t* ids;     // [T', 1 + topk]: token | top-k ids
   float*
-      values;  // [T', 5 + 2 n_ids + topk]: p, p1, p2, entropy, logsumexp | (log-probability, logit) per id | top-k logits
+      values;  // [T', 6 + 2 n_ids + topk]: p, p1, p2, entropy, logsumexp, 1 - p | (log-probability, logit) per id | top-k logits
   int32_t* status;  // [T']
 
   UNMASK_HD int64_t id_width() const { return 1 + topk; }
@@ -47,7 +47,7 @@ struct StatsOutputs {
     *token(entry) = r.token;
     status[entry] = r.status;
     float* x = stats(entry);
-    x[0] = r.p, x[1] = r.p1, x[2] = r.p2, x[3] = r.entropy, x[4] = r.logsumexp;
+    x[0] = r.p, x[1] = r.p1, x[2] = r.p2, x[3] = r.entropy, x[4] = r.logsumexp, x[5] = r.p_rest;
   }
 };
 

@@ -1,13 +1,15 @@
 // The running state of the logit statistics and its merges: plain data, one header for the CPU (every ISA) and CUDA.
 //
 // Work is cut into chunks of kStatsChunk ids. Each chunk yields a shifted triple over the ids that are in the softmax,
-//   m = max x,  s = sum e^(x-m),  t = sum (x-m) e^(x-m)
+//   m = max x,  n = how many ids sit at m,  r = sum of e^(x-m) over the others,  t = sum (x-m) e^(x-m)
 // and candidates ordered by (value desc, id asc). Chunks fold into the state strictly left to right from the empty
-// triple, so any tiling at multiples of kStatsChunk gives the same bits as one pass. Then with M = m, S = s, T = t of
-// the whole row
-//   logsumexp = M + ln S,  p(x) = e^(x-M) / S,  entropy = ln S - T/S.
-// +inf: M = +inf, S = how many ids sit there, T = 0; the same formulas then give p = 1/k, entropy = ln k, logsumexp =
-// +inf, provided that x - M is taken as 0 where x == M (shifted() below).
+// sum, so any tiling at multiples of kStatsChunk gives the same bits as one pass. Then with M, N, R, T of the whole row
+// and S = N + R
+//   logsumexp = M + ln S,  p(x) = e^(x-M) / S,  entropy = ln S - T/S,  1 - p(M) = (N - 1 + R) / S.
+// N and R are kept apart because models are often sure: beside a 1, fp32 loses whatever is below 6e-8, and positions
+// that all read p = 1 could no longer be ordered. Apart, 1 - p, ln p and the entropy keep their relative precision.
+// +inf: M = +inf, N = how many ids sit there, R = T = 0; the same formulas then give p = 1/N, entropy = ln N,
+// logsumexp = +inf, provided that x - M is taken as 0 where x == M (shifted() below).
 #pragma once
 #include <cstdint>
 
@@ -24,9 +26,13 @@ UNMASK_HD float neg_inf() { return float_of_bits(0xFF800000u); }
 UNMASK_HD float quiet_nan() { return float_of_bits(0x7FC00000u); }
 
 // ---- sums ---------------------------------------------------------------------------------------------------------
-struct SumExp { float m, s, t; };  // empty: {-inf, 0, 0}
+struct SumExp {
+  float m, n, r, t;  // empty: {-inf, 0, 0, 0}
 
-UNMASK_HD SumExp empty_sum() { return {neg_inf(), 0.0f, 0.0f}; }
+  UNMASK_HD float total() const { return n + r; }
+};
+
+UNMASK_HD SumExp empty_sum() { return {neg_inf(), 0.0f, 0.0f, 0.0f}; }
 UNMASK_HD float shifted(float x, float m) { return x == m ? 0.0f : x - m; }
 
 // a is left of b. Exactly one of the two factors is 1, so the merge rounds the other side only.
@@ -36,12 +42,13 @@ UNMASK_HD SumExp merge_sum(const SumExp& a, const SumExp& b) {
   const bool left =
       a.m >=
       b.m;  // which side holds the maximum (fields, not references: those would send both to local memory on CUDA)
-  const SumExp hi = {left ? a.m : b.m, left ? a.s : b.s, left ? a.t : b.t};
-  const SumExp lo = {left ? b.m : a.m, left ? b.s : a.s, left ? b.t : a.t};
-  const float d = shifted(lo.m, hi.m);
+  const SumExp hi = {left ? a.m : b.m, left ? a.n : b.n, left ? a.r : b.r, left ? a.t : b.t};
+  const SumExp lo = {left ? b.m : a.m, left ? b.n : a.n, left ? b.r : a.r, left ? b.t : a.t};
+  if (lo.m == hi.m) return {hi.m, hi.n + lo.n, hi.r + lo.r, hi.t + lo.t};
+  const float d = lo.m - hi.m, s = lo.total();
   const float e = exp_neg(d);  // 0 when hi.m is +inf and lo.m is not: then the low side is dropped whole (no -inf * 0)
   if (e == 0.0f) return hi;
-  return {hi.m, UNMASK_FMA(e, lo.s, hi.s), UNMASK_FMA(e, UNMASK_FMA(d, lo.s, lo.t), hi.t)};
+  return {hi.m, hi.n, UNMASK_FMA(e, s, hi.r), UNMASK_FMA(e, UNMASK_FMA(d, s, lo.t), hi.t)};
 }
 
 // ---- candidates ---------------------------------------------------------------------------------------------------
@@ -95,7 +102,7 @@ struct StatsState {
   Cand top[kTopMax];  // best candidates (not suppressed, not forbidden, above -inf), best first
 };
 constexpr int64_t kStateWords = sizeof(StatsState) / 4;
-static_assert(sizeof(StatsState) == 25 * 4, "state words are part of the interface");
+static_assert(sizeof(StatsState) == 26 * 4, "state words are part of the interface");
 
 UNMASK_HD void reset_state(StatsState* st, int kept) {
   st->next = 0;
@@ -109,39 +116,50 @@ UNMASK_HD void reset_state(StatsState* st, int kept) {
 // ---- the end ------------------------------------------------------------------------------------------------------
 struct EntryStats {
   int64_t token;
-  float p, p1, p2, entropy, logsumexp;
+  float p, p1, p2, entropy, logsumexp, p_rest;
   int32_t status;
 };
 
-UNMASK_HD EntryStats none_stats() { return {-1, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, kStatusOk}; }
+UNMASK_HD EntryStats none_stats() { return {-1, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, kStatusOk}; }
 UNMASK_HD EntryStats invalid_stats(int32_t status) {
   const float n = quiet_nan();
-  return {-1, n, n, n, n, n, status};
+  return {-1, n, n, n, n, n, n, status};
 }
 
 // kStatusBadId leaves the entry valid (only the output at that id is -inf); every other bit makes it invalid.
 UNMASK_HD bool is_invalid(int32_t status) { return (status & ~static_cast<int32_t>(kStatusBadId)) != 0; }
 
-UNMASK_HD float probability(float x, const SumExp& sum) { return exp_neg(shifted(x, sum.m)) / sum.s; }
+UNMASK_HD float probability(float x, const SumExp& sum) { return exp_neg(shifted(x, sum.m)) / sum.total(); }
+
+// 1 - p(x). Only an id at the maximum can be near 1, where p itself has lost the digits.
+UNMASK_HD float probability_of_others(float x, const SumExp& sum) {
+  return x == sum.m ? (sum.n - 1.0f + sum.r) / sum.total() : 1.0f - probability(x, sum);
+}
+
+// ln S, to full relative precision near S = 1 too
+UNMASK_HD float log_total(const SumExp& sum) {
+  return sum.n == 1.0f && sum.r < 0.4f ? log_reduced(sum.r, 0.0f) : log_positive(sum.total());
+}
 
 UNMASK_HD EntryStats finish_stats(const StatsState& st) {
   if (st.next == 0) return none_stats();
   int32_t status = st.status;
   if (!is_invalid(status) && st.top[0].id < 0) status |= kStatusAllInf;
   if (is_invalid(status)) return invalid_stats(status);
-  const float log_s = log_positive(st.sum.s);
+  const float log_s = log_total(st.sum);
   return {st.sample.id,
           probability(st.sample.x, st.sum),
           probability(st.top[0].v, st.sum),
           st.top[1].id < 0 ? 0.0f : probability(st.top[1].v, st.sum),
-          log_s - st.sum.t / st.sum.s,
+          log_s - st.sum.t / st.sum.total(),
           st.sum.m + log_s,
+          probability_of_others(st.sample.x, st.sum),
           status};
 }
 
 // log p at an id whose logit is x (-inf: suppressed, out of range or none)
 UNMASK_HD float log_probability(float x, const SumExp& sum) {
-  return x == neg_inf() ? x : shifted(x, sum.m) - log_positive(sum.s);
+  return x == neg_inf() ? x : shifted(x, sum.m) - log_total(sum);
 }
 
 }  // namespace unmask

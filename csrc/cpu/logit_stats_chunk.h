@@ -5,6 +5,8 @@
 // to be copied to fp32 is read through EvenOdd if its logits were bf16, so that it is summed in the order, and to the
 // bits, of the chunk in place.
 #pragma once
+#include <cmath>
+
 #include "common/online.h"
 #include "cpu/vec.h"
 
@@ -142,7 +144,7 @@ UNMASK_INLINE float max_of(const float* lanes) {
 // sibling hyperthread). d is clamped, not masked: e is then exactly 0 and so is its share of t.
 #define UNMASK_EACH for (int u = 0; u < U; ++u)
 template <int U>
-UNMASK_INLINE void exp_steps(const vf* x, vf m, vf* s, vf* t) {
+UNMASK_INLINE void exp_steps(const vf* x, vf m, vf* s, vf* r_sum, vf* t) {
   vf d[U], z[U], r[U], q[U];
   UNMASK_EACH d[u] = vsub(x[u], m);
   UNMASK_EACH d[u] = vmax(vset(kExpMin), d[u]);  // NaN stays NaN
@@ -156,6 +158,7 @@ UNMASK_INLINE void exp_steps(const vf* x, vf m, vf* s, vf* t) {
   UNMASK_EACH q[u] = vfma(q[u], r[u], vset(1.0f));
   UNMASK_EACH q[u] = vmul(q[u], vshl23(z[u]));
   UNMASK_EACH s[u] = vadd(s[u], q[u]);
+  UNMASK_EACH r_sum[u] = vadd_where_nonzero(r_sum[u], q[u], d[u]);
   UNMASK_EACH t[u] = vfma(d[u], q[u], t[u]);
 }
 #undef UNMASK_EACH
@@ -172,40 +175,43 @@ constexpr int kChains = 2;  // 16 registers
 template <class T>
 UNMASK_INLINE SumExp chunk_sum(const T* x, int n, float m) {
   const vf vm = vset(m);
-  vf s[kChains], t[kChains], v[kChains], sum = vset(0.0f), tsum = vset(0.0f);
+  vf s[kChains], r[kChains], t[kChains], v[kChains], sum = vset(0.0f), rsum = vset(0.0f), tsum = vset(0.0f);
   const char* ahead = reinterpret_cast<const char*>(x) + kStatsChunk * sizeof(T);
   constexpr int kIds = kChains * kW, kBytes = kIds * static_cast<int>(sizeof(T));
   for (int i = 0; i < n;) {
     const int stop = i + 64 * kIds < n ? i + 64 * kIds : n;
-    for (int u = 0; u < kChains; ++u) s[u] = t[u] = vset(0.0f);
+    for (int u = 0; u < kChains; ++u) s[u] = r[u] = t[u] = vset(0.0f);
     for (; i + kIds <= stop; i += kIds, ahead += kBytes) {
       for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead + line, 0, 3);
       for (int u = 0; u < kChains; u += 2) load_pair(x + i + u * kW, &v[u], &v[u + 1]);
-      exp_steps<kChains>(v, vm, s, t);
+      exp_steps<kChains>(v, vm, s, r, t);
     }
     for (; i < stop; i += kPair) {
       if (i + kPair <= n) load_pair(x + i, &v[0], &v[1]);
       else load_pair_n(x + i, n - i, &v[0], &v[1]);
-      exp_steps<2>(v, vm, s, t);
+      exp_steps<2>(v, vm, s, r, t);
     }
     for (int u = 0; u < kChains; u += 2) {
       sum = vadd(sum, vadd(s[u], s[u + 1]));
+      rsum = vadd(rsum, vadd(r[u], r[u + 1]));
       tsum = vadd(tsum, vadd(t[u], t[u + 1]));
     }
   }
-  return {m, vreduce_add(sum), vreduce_add(tsum)};
+  const float rest = vreduce_add(rsum);
+  return {m, std::nearbyint(vreduce_add(sum) - rest), rest,
+          vreduce_add(tsum)};  // both sums are off by far less than 1/2
 }
 
-// m is -inf or +inf, or NaN: nothing finite decides. Counts the ids at +inf; a NaN gives s = NaN.
+// m is -inf or +inf, or NaN: nothing finite decides. Counts the ids at +inf; a NaN gives r = NaN.
 template <class T>
 SumExp chunk_sum_infinite(const T* x, int n, float m) {
-  SumExp sum = {m, 0.0f, 0.0f};
+  int nans = 0, infs = 0;  // counted: GCC 12 turns a conditional "r = NaN" into a maximum, which drops it
   for (int i = 0; i < n; ++i) {
     const float v = to_float(x[i]);
-    if (v != v) sum.s = quiet_nan();
-    if (v == pos_inf()) sum.s = sum.s + 1.0f;
+    nans += v != v;
+    infs += v == pos_inf();
   }
-  return sum;
+  return {m, static_cast<float>(infs), nans > 0 ? quiet_nan() : 0.0f, 0.0f};
 }
 
 template <class T>

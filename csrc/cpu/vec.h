@@ -112,6 +112,10 @@ UNMASK_INLINE vf vload_half(const uint32_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_srli_epi32(_mm512_loadu_si512(p), 1))};
 }
 UNMASK_INLINE uint32_t vgt_mask(vf a, vf b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+// a + b where d is not 0 (a NaN is not), else a
+UNMASK_INLINE vf vadd_where_nonzero(vf a, vf b, vf d) {
+  return {_mm512_mask_add_ps(a.v, _mm512_cmp_ps_mask(d.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), a.v, b.v)};
+}
 UNMASK_INLINE uint32_t vge_mask(vf a, vf b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 #elif defined(UNMASK_AVX2)
 constexpr int kW = 8;
@@ -149,6 +153,9 @@ UNMASK_INLINE vf vload_half(const uint32_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_srli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 1))};
 }
 UNMASK_INLINE uint32_t vgt_mask(vf a, vf b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)); }
+UNMASK_INLINE vf vadd_where_nonzero(vf a, vf b, vf d) {
+  return {_mm256_add_ps(a.v, _mm256_and_ps(b.v, _mm256_cmp_ps(d.v, _mm256_setzero_ps(), _CMP_NEQ_UQ)))};
+}
 UNMASK_INLINE uint32_t vge_mask(vf a, vf b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)); }
 #else
 constexpr int kW = 4;
@@ -177,6 +184,7 @@ UNMASK_INLINE float vreduce_add(vf a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v
 UNMASK_INLINE vf vshl23(vf a) { UNMASK_LANES(bits_to_float(float_to_bits(a.v[i]) << 23)); }
 UNMASK_INLINE vf vbits_value(vf a) { UNMASK_LANES(static_cast<float>(static_cast<int32_t>(float_to_bits(a.v[i])))); }
 UNMASK_INLINE vf vload_half(const uint32_t* p) { UNMASK_LANES(static_cast<float>(static_cast<int32_t>(p[i] >> 1))); }
+UNMASK_INLINE vf vadd_where_nonzero(vf a, vf b, vf d) { UNMASK_LANES(d.v[i] != 0.0f ? a.v[i] + b.v[i] : a.v[i]); }
 UNMASK_INLINE uint32_t vgt_mask(vf a, vf b) {
   uint32_t m = 0;
   for (int i = 0; i < 4; ++i) m |= static_cast<uint32_t>(a.v[i] > b.v[i]) << i;

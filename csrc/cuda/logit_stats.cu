@@ -69,7 +69,7 @@ void run(StatsJob job, int64_t entries, const Tensor& like, const Launch& launch
   job.chunks = plan.chunks;
   job.group_chunks = plan.group_chunks;
   job.groups = plan.groups;
-  const Tensor sums = empty(like, {plan.entries_per_launch * plan.chunks * 3}, ScalarType::Float);
+  const Tensor sums = empty(like, {plan.entries_per_launch * plan.chunks * kSumWords}, ScalarType::Float);
   const Tensor best = empty(like, {plan.entries_per_launch * plan.groups * kGroupWords}, ScalarType::Int);
   job.sums = reinterpret_cast<SumExp*>(data<float>(sums));
   job.best = reinterpret_cast<GroupBest*>(data<int32_t>(best));

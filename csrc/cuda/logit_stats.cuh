@@ -191,22 +191,23 @@ UNMASK_DEVICE float lane_max(const float* x) {  // NaN loses
   return max_drop_nan(m, neg_inf());
 }
 
-// The sums of this lane, relative to a maximum m that the whole warp shares.
+// The sums of this lane, relative to a maximum m that the whole warp shares: n ids at m, r and t over the others.
 struct LaneSum {
-  float m = neg_inf(), s = 0.0f, t = 0.0f;
+  float m = neg_inf(), n = 0.0f, r = 0.0f, t = 0.0f;
   bool nan = false;
 
   // Moves to a larger maximum.
   UNMASK_DEVICE void raise(float to) {
     if (m == neg_inf() ||
         to == pos_inf()) {  // what was summed is nothing, or counts for nothing; but a NaN must not get lost
-      nan = nan || s != s;
-      s = t = 0.0f;
+      nan = nan || r != r;
+      r = t = 0.0f;
     } else {
-      const float d = m - to, e = exp_neg(d);
+      const float d = m - to, e = exp_neg(d), s = n + r;
       t = e * UNMASK_FMA(d, s, t);
-      s = e * s;
+      r = e * s;
     }
+    n = 0.0f;
     m = to;
   }
 
@@ -215,22 +216,24 @@ struct LaneSum {
 #pragma unroll
       for (int k = 0; k < kSliceValues; ++k) {
         nan = nan || x[k] != x[k];
-        s = s + (x[k] == pos_inf() ? 1.0f : 0.0f);
+        n = n + (x[k] == pos_inf() ? 1.0f : 0.0f);
       }
       return;
     }
     const float shift = m == neg_inf() ? 0.0f : m;
-    float s1 = 0.0f, t1 = 0.0f;  // a second chain, for latency
+    float r1 = 0.0f, t1 = 0.0f;  // a second chain, for latency
 #pragma unroll
     for (int k = 0; k < kSliceValues; k += 2) {
       const float d0 = max_keep_nan(x[k] - shift, kExpMin), d1 = max_keep_nan(x[k + 1] - shift, kExpMin);
       const float e0 = exp2_approx(d0 * kLog2e), e1 = exp2_approx(d1 * kLog2e);
-      s = s + e0;
-      s1 = s1 + e1;
+      const bool at0 = x[k] == m, at1 = x[k + 1] == m;
+      n = n + (at0 ? 1.0f : 0.0f) + (at1 ? 1.0f : 0.0f);
+      r = r + (at0 ? 0.0f : e0);
+      r1 = r1 + (at1 ? 0.0f : e1);
       t = UNMASK_FMA(d0, e0, t);
       t1 = UNMASK_FMA(d1, e1, t1);
     }
-    s = s + s1;
+    r = r + r1;
     t = t + t1;
   }
 };
@@ -376,8 +379,8 @@ struct GroupScan {
         top.take(in.kept, x, best, slice_base);
       }
     }
-    nan = nan || sum.nan || sum.s != sum.s;
-    return {sum.m, warp_sum(sum.s), warp_sum(sum.t)};
+    nan = nan || sum.nan || sum.r != sum.r;
+    return {sum.m, warp_sum(sum.n), warp_sum(sum.r), warp_sum(sum.t)};
   }
 };
 

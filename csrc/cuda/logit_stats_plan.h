@@ -8,6 +8,7 @@
 
 namespace unmask::cuda {
 
+constexpr int64_t kSumWords = sizeof(SumExp) / 4;
 constexpr int64_t kGroupWords = sizeof(GroupBest) / 4;
 constexpr int64_t kWorkspaceWords = int64_t{1}
                                     << 24;  // 64 MiB of partial results at most, unless one entry alone needs more
@@ -22,8 +23,8 @@ inline StatsPlan plan_stats(int64_t entries, int64_t count) {
   p.chunks = (count + kStatsChunk - 1) / kStatsChunk;
   p.group_chunks = std::clamp<int64_t>(entries * p.chunks / kBusyWarps, 1, std::min(kMaxGroupChunks, p.chunks));
   p.groups = (p.chunks + p.group_chunks - 1) / p.group_chunks;
-  p.entries_per_launch =
-      std::clamp<int64_t>(kWorkspaceWords / (p.chunks * 3 + p.groups * kGroupWords), 1, std::max<int64_t>(entries, 1));
+  p.entries_per_launch = std::clamp<int64_t>(kWorkspaceWords / (p.chunks * kSumWords + p.groups * kGroupWords), 1,
+                                             std::max<int64_t>(entries, 1));
   return p;
 }
 

@@ -2,11 +2,12 @@
 //
 // Per chunk of kStatsChunk = 4,096 ids (8 KB bf16, 16 KB fp32: stays in L1/L2), with m the chunk's maximum:
 //   pass 1  lane maxima (logit_stats_chunk.h); a NaN loses, on purpose
-//   pass 2  e = exp_neg(x - m), s += e, t += (x - m) e: 14 vector operations; a NaN anywhere makes s NaN
+//   pass 2  e = exp_neg(x - m), s += e, r += e where x != m, t += (x - m) e: 16 vector operations; a NaN anywhere makes
+//           r NaN, and s - r, rounded, is the number of ids at m
 //   scan    only if m beats the worst candidate kept so far: ids above both that and the k-th largest lane maximum
 //   noise   only if temperature > 0: Philox words, then a bound on the noise that costs 6 operations; the two logarithms
 //           run only for vectors where the bound could win
-// then the chunk's (m, s, t) merges into the running state. Bytes: V x sizeof(dtype) per row; about 12 FLOP an id.
+// then the chunk's (m, n, r, t) merges into the running state. Bytes: V x sizeof(dtype) per row; about 12 FLOP an id.
 // Memory-bound when the rows come from DRAM.
 //
 // Chunks that hold suppressed, biased or forbidden ids, or lie in memory with a column stride, are copied to a 16 KB
@@ -23,7 +24,7 @@ namespace {
 constexpr int kChunk = static_cast<int>(kStatsChunk);
 
 UNMASK_INLINE void fold_sum(const SumExp& sum, StatsState* st) {
-  if (sum.s != sum.s) st->status |= kStatusNaN;
+  if (sum.r != sum.r) st->status |= kStatusNaN;
   st->sum = merge_sum(st->sum, sum);
 }
 

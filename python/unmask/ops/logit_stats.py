@@ -7,16 +7,16 @@ from typing import NamedTuple
 import torch
 
 CHUNK = 4096  # ids reduced at once; tiles start at multiples of it (csrc/common/online.h)
-STATE_WORDS = 25  # int32 words of one entry's running state (csrc/common/online.h)
+STATE_WORDS = 26  # int32 words of one entry's running state (csrc/common/online.h)
 TOPK_MAX = 8
-FIELDS = 5  # p, p1, p2, entropy, logsumexp
+FIELDS = 6  # p, p1, p2, entropy, logsumexp, p_rest
 
 
 class LogitStats(NamedTuple):
     """What `logit_stats` returns, per entry of rows: the op's three tensors; every property is a view of one of them."""
 
     ids: torch.Tensor  # int64 [T', 1 + K]: token, then top-k ids
-    values: torch.Tensor  # float32 [T', 5 + 2 J + K]: p, p1, p2, entropy, logsumexp, then at_ids, then top-k logits
+    values: torch.Tensor  # float32 [T', 6 + 2 J + K]: p, p1, p2, entropy, logsumexp, p_rest, then at_ids, then top-k logits
     status: torch.Tensor  # int32 [T'], bits of Status
 
     @classmethod
@@ -31,7 +31,7 @@ class LogitStats(NamedTuple):
 
     @property
     def stats(self) -> torch.Tensor:
-        """float32 [T', 5]: p, p1, p2, entropy, logsumexp."""
+        """float32 [T', 6]: p, p1, p2, entropy, logsumexp, p_rest."""
         return self.values[:, :FIELDS]
 
     @property
@@ -63,6 +63,17 @@ class LogitStats(NamedTuple):
     def logsumexp(self) -> torch.Tensor:
         """float32 [T']."""
         return self.values[:, 4]
+
+    @property
+    def p_rest(self) -> torch.Tensor:
+        """1 - p, float32 [T'], with the relative precision that p itself loses near 1."""
+        return self.values[:, 5]
+
+    @property
+    def confidence(self) -> torch.Tensor:
+        """p as float64 [T'], good to a relative 1e-6 of the smaller of p and 1 - p: orders positions that all read p = 1 in float32."""
+        rest = self.p_rest.double()
+        return torch.where(rest < 0.5, 1.0 - rest, self.p.double())
 
     @property
     def at_ids(self) -> torch.Tensor:

@@ -60,7 +60,8 @@ def logit_stats(
     p12 = torch.where(candidates.gather(1, best) > -_INF, probability.gather(1, best), 0.0)
     p12 = torch.nn.functional.pad(p12, (0, 2 - p12.shape[1]))
     p = probability.gather(1, token[:, None])
-    stats = torch.cat((p, p12, entropy[:, None], logsumexp[:, None]), dim=1).float()
+    others = torch.where(torch.arange(vocab) == token[:, None], 0.0, probability).sum(1, keepdim=True)
+    stats = torch.cat((p, p12, entropy[:, None], logsumexp[:, None], others), dim=1).float()
 
     wanted = torch.full((entries, 0), -1) if ids is None else ids
     inside, at = (wanted >= 0) & (wanted < vocab), wanted.clamp(0, vocab - 1)
@@ -96,8 +97,9 @@ def _softmax(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
     d = torch.where(x == m, 0.0, x - m)
     e = d.exp()
     s = e.sum(1, keepdim=True)
-    entropy = s.log() - torch.where(e > 0, d * e, 0.0).sum(1, keepdim=True) / s
-    return e / s, entropy[:, 0], (m + s.log())[:, 0], d - s.log()
+    log_s = torch.log1p((x == m).sum(1, keepdim=True) - 1 + torch.where(x == m, 0.0, e).sum(1, keepdim=True))
+    entropy = log_s - torch.where(e > 0, d * e, 0.0).sum(1, keepdim=True) / s
+    return e / s, entropy[:, 0], (m + log_s)[:, 0], d - log_s
 
 
 def _check_arguments(
