@@ -142,6 +142,8 @@ def test_superfluous_forward(model, cached):
     x, nfe = cached(model, PROMPT, threshold=0.0, **args)
     y, less = cached(model, PROMPT, threshold=0.0, superfluous_forward=False, **args)
     assert (nfe, less) == (6, 3) and torch.equal(x, y)
+    assert cached(model, PROMPT, threshold=0.0, factor=None, **args)[1] == 3  # AdaBlock's callers pass both
+    assert cached(model, PROMPT, 128, 12, 4, 0.0, "low_confidence", MASK, 0.0, None)[1] == 3
     assert cached(model, PROMPT, factor=1e9, **args)[1] == 3 and cached(model, PROMPT, factor=1e9, superfluous_forward=True, **args)[1] == 6
 
 
@@ -182,13 +184,17 @@ def test_signatures_and_defaults_are_the_authors():
 
 
 BAD = [
-    (dict(steps=0), "steps must be an integer >= 1"),
+    (dict(steps=0), "steps must be an integer in 1..1048576, got 0"),
+    (dict(steps=2**70), "steps must be an integer in 1..1048576"),
+    (dict(gen_length=10**12), "gen_length must be an integer in 0..1048576"),
+    (dict(temperature=1e308), r"temperature must be a number in \[0, 1e\+30\]"),
+    (dict(remasking=["low_confidence"]), "unknown remasking"),
     (dict(steps=7), "steps must be a multiple of the number of blocks"),
     (dict(gen_length=10), "gen_length must be a multiple of block_length"),
-    (dict(block_length=0), "block_length must be an integer >= 1"),
+    (dict(block_length=0), "block_length must be an integer in 1"),
     (dict(temperature=-1.0), "temperature must be a number"),
     (dict(remasking="low_confidense"), "did you mean 'low_confidence'"),
-    (dict(mask_id=-1), "mask_id must be an integer >= 0"),
+    (dict(mask_id=-1), "mask_id must be an integer in 0"),
     (dict(mask_id=61), "mask_id must be below the model's vocabulary size 61, got 61; this model's is 60"),
     (dict(prompt=[[1]]), "prompt must be an int64 tensor"),
     (dict(prompt=torch.tensor([1])), "prompt must be an int64 tensor"),
@@ -200,18 +206,140 @@ BAD = [
 @pytest.mark.parametrize("f", [llada.generate, fast_dllm.generate, fast_dllm.generate_with_dual_cache], ids=lambda f: f.__name__)
 def test_bad_arguments(model, f, change, text):
     args = dict(prompt=PROMPT, steps=8, gen_length=8, block_length=4, mask_id=MASK) | change
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(unmask.SettingError, match=text):
         f(model, **args)
 
 
 def test_more_bad_arguments(model):
     args = dict(gen_length=8, block_length=4, steps=8, mask_id=MASK)
     with pytest.raises(unmask.SettingError, match="cfg_scale must be a number"):
-        llada.generate(model, PROMPT, cfg_scale=-1, **args)
+        llada.generate(model, PROMPT, cfg_scale=float("nan"), **args)
     with pytest.raises(unmask.SettingError, match="give threshold or factor, not both"):
         fast_dllm.generate(model, PROMPT, threshold=0.5, factor=1.0, **args)
     with pytest.raises(unmask.SettingError, match="threshold must be a number"):
         fast_dllm.generate(model, PROMPT, threshold=float("nan"), **args)
+
+
+    for factor in ("abc", [1], 0, float("inf")):
+        with pytest.raises(unmask.SettingError, match="factor must be a number"):
+            fast_dllm.generate_with_dual_cache(model, PROMPT, factor=factor, **args)
+    for f in (llada.generate, fast_dllm.generate):
+        for wrong in ("tiny", None):
+            with pytest.raises(unmask.SettingError, match="model must be a model from unmask.load or a torch.nn.Module"):
+                f(wrong, PROMPT, **args)
+
+
+class Returns(torch.nn.Module):
+    def __init__(self, out):
+        super().__init__()
+        self.out = out
+
+    def forward(self, ids):
+        return self.out
+
+
+@pytest.mark.parametrize(
+    "out, settings, text",
+    [
+        ((torch.zeros(1, 13, 61),), {}, "must return logits .* or an object with .logits, got tuple"),
+        (torch.zeros(1, 13, 61, dtype=torch.float64), {}, "must be float32, bfloat16 or float16, got torch.float64"),
+        (torch.zeros(1, 5, 61), {}, r"must return logits \[B, L, V\] = \[1, 13, any\]"),
+        (torch.zeros(1, 13, 60), {}, "mask_id must be below the module's vocabulary size 60, got 60"),
+        (torch.zeros(1, 13, 61), dict(logits_eos_inf=True), "an id to suppress must be below the module's vocabulary size 61, got 126081"),
+    ],
+)
+def test_what_a_foreign_module_returns_is_checked(out, settings, text):
+    with pytest.raises(unmask.SettingError, match=text):
+        llada.generate(Returns(out), PROMPT, gen_length=8, block_length=4, steps=8, mask_id=MASK, **settings)
+
+
+def test_a_model_without_eos_ids():
+    model, args = make(eos_ids=()), dict(gen_length=8, block_length=4, steps=8, mask_id=MASK)
+    assert llada.generate(model, PROMPT, **args).shape == (1, 13)
+    with pytest.raises(unmask.SettingError, match="need an end-of-sequence id"):
+        llada.generate(model, PROMPT, logits_eos_inf=True, **args)
+
+
+def test_steps_do_not_matter_to_threshold_and_factor(model):
+    args = dict(gen_length=8, block_length=4, mask_id=MASK)
+    for rule in (dict(threshold=0.9), dict(factor=1.0)):
+        x, nfe = fast_dllm.generate(model, PROMPT, steps=1, **rule, **args)
+        y, other = fast_dllm.generate(model, PROMPT, steps=128, **rule, **args)
+        assert torch.equal(x, y) and nfe == other
+
+
+def test_cfg_scale_of_zero_and_below_is_off(model):
+    args = dict(gen_length=8, block_length=4, steps=8, mask_id=MASK)
+    assert torch.equal(llada.generate(model, PROMPT, cfg_scale=-1.0, **args), llada.generate(model, PROMPT, **args))
+
+
+def literal_fast_dllm(model, prompt, gen_length, block_length, steps=None, threshold=None):
+    """Fast-dLLM's loop without a cache at temperature 0, with its float64 softmax."""
+    x = torch.cat([prompt, torch.full((1, gen_length), MASK)], dim=1)
+    nfe = 0
+    for begin in range(prompt.shape[1], x.shape[1], block_length):
+        quotas, end = None, begin + block_length
+        if threshold is None:
+            per_block = steps * block_length // gen_length
+            quotas = [block_length // per_block + (i < block_length % per_block) for i in range(per_block)]
+        while (x[0, begin:end] == MASK).any():
+            logits = model.logits(x)[0, begin:end].double()
+            choice = logits.clone()
+            choice[:, MASK] = -torch.inf
+            token = choice.argmax(-1)
+            p = logits.softmax(-1).gather(-1, token[:, None])[:, 0]
+            p[x[0, begin:end] != MASK] = -torch.inf
+            order = sorted(range(block_length), key=lambda j: (-p[j].item(), j))
+            live = int((p > -torch.inf).sum())
+            n = quotas.pop(0) if quotas is not None else max(1, int((p >= threshold).sum()))
+            for j in order[: min(n, live)]:
+                x[0, begin + j] = token[j]
+            nfe += 1
+    return x, nfe
+
+
+class Sure(torch.nn.Module):
+    """A model whose logits are spread until most of its probabilities are 1.0 in float32."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.model = [make(seed=seed)]
+
+    def logits(self, ids):
+        return self.model[0].logits(ids) * 24.0
+
+    forward = logits
+
+
+@pytest.mark.parametrize("rule", [dict(threshold=1.0), dict(threshold=0.9999999), dict(steps=8), dict(steps=6)], ids=str)
+def test_sure_models_are_ordered_in_float64(rule):
+    """The authors compare float64, where 1 - 1e-9 and 1 - 1e-12 are two numbers."""
+    sure = 0
+    for seed in range(12):
+        model, prompt = Sure(seed), torch.tensor([[seed, 7, 9]])
+        settings = dict(gen_length=16, block_length=8, **rule)
+        x, nfe = fast_dllm.generate(model, prompt, mask_id=MASK, **settings)
+        want, steps = literal_fast_dllm(model, prompt, **settings)
+        assert torch.equal(x, want) and nfe == steps
+        p = model.logits(torch.cat([prompt, torch.full((1, 16), MASK)], 1))[0, 3:].softmax(-1).amax(-1)
+        sure += int((p == 1.0).sum())
+    assert sure > 20
+
+
+def test_llada_rounds_confidence_to_the_logits(model):
+    """LLaDA's softmax has the dtype of the logits: among positions that round to the same value the first one goes first."""
+    from unmask.decode.policy import Policy
+    from unmask.ops import logit_stats
+
+    x = torch.zeros(2, 50)
+    x[:, 3] = torch.tensor([30.0, 31.0])
+    stats, key = logit_stats(x), dict(seed=None, step=None, pos=None)
+    exact = Policy("quota").scores(stats, torch.float32, **key)
+    rounded = Policy("quota", rounded=True).scores(stats, torch.float32, **key)
+    assert exact[0] < exact[1] and rounded[0] == rounded[1] == 1.0
+    x[:, 3] = torch.tensor([5.0300, 5.0302])
+    stats = logit_stats(x)
+    assert Policy("quota", rounded=True).scores(stats, torch.bfloat16, **key).unique().numel() == 1
 
 
 def test_nothing_to_generate(model):

@@ -50,8 +50,6 @@ def test_run(model, sampler, run):
             out = llada.generate(model, prompt, **args)
         else:
             name = {"plain": "generate", "prefix": "generate_with_prefix_cache", "dual": "generate_with_dual_cache"}[sampler.rsplit("_", 1)[1]]
-            if sampler.startswith("adablock") and name != "generate":
-                args["superfluous_forward"] = False  # AdaBlock's copies are the later revision, whatever rule they run
             out, nfe = getattr(fast_dllm, name)(model, prompt, **args)
             assert nfe == run["nfe"]
     finally:

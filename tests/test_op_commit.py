@@ -263,7 +263,7 @@ def calls(draw, clean=False, rules=RULES) -> Call:
     if given_options & 1 or rule is Rule.QUOTA:
         options["quota"] = ints(0 if clean else -1, 5, batch)
     if given_options & 2 or rule in (Rule.THRESHOLD, Rule.THRESHOLD_STRICT):
-        options["threshold"] = floats(batch)
+        options["threshold"] = floats(batch).to(random.choice([torch.float32, torch.float64]))
     if given_options & 4 or rule is Rule.ENTROPY_BOUND:
         options["cost"] = floats(n, odd=(math.nan, -0.125))
     if given_options & 8:
@@ -272,7 +272,7 @@ def calls(draw, clean=False, rules=RULES) -> Call:
         options["editable"], options["params"] = flags(n), [factor, random.randint(0, 8) / 8]
     return Call(
         ints(0, 3, rows * length).view(rows, length), flags(rows * length).view(rows, length), cu, row, pos,
-        ints(0 if clean else -1, 3, n), floats(n), options,
+        ints(0 if clean else -1, 3, n), floats(n).to(random.choice([torch.float32, torch.float64])), options,
     )  # fmt: skip
 
 
@@ -284,6 +284,17 @@ def live_of(call: Call, b: int) -> list[int]:
         for i in range(int(call.cu[b]), int(call.cu[b + 1]))
         if call.masked[call.row[b], call.pos[i]] and (eligible is None or eligible[i]) and call.token[i] >= 0
     ]
+
+
+@pytest.mark.parametrize("fn", (kernel, reference.commit), ids=("kernel", "definition"))
+def test_float64_scores_and_thresholds(fn):
+    """Scores that are one number in float32 are ordered and compared as given."""
+    score = 1.0 - torch.tensor([1e-9, 1e-12, 1e-10], dtype=torch.float64)
+    call = one_row([0.0] * 3, Rule.QUOTA, quota=torch.tensor([1]))
+    assert replace(call, score=score).run(fn)[2].tolist() == [False, True, False]
+    for bar, passing in ((1.0 - 1e-11, 1), (1.0 - 5e-10, 2), (0.9, 3)):
+        call = one_row([0.0] * 3, Rule.THRESHOLD, threshold=torch.tensor([bar], dtype=torch.float64))
+        assert replace(call, score=score).run(fn)[3].tolist() == [passing]
 
 
 @given(calls())
@@ -392,7 +403,7 @@ i64 = torch.zeros(3, dtype=torch.int64)
 ERRORS = [
     (dict(canvas=torch.zeros(1, 3)), {}, "commit: canvas must be int64, got float32"),
     (dict(masked=torch.zeros(1, 3)), {}, "commit: masked must be bool, got float32"),
-    (dict(score=torch.zeros(3).half()), {}, "commit: score must be float32, got float16"),
+    (dict(score=torch.zeros(3).half()), {}, "commit: score must be float32 or float64, got float16"),
     (dict(), dict(cost=i64), "commit: cost must be float32, got int64"),
     (dict(), dict(eligible=i64), "commit: eligible must be bool, got int64"),
     (dict(), dict(quota=torch.ones(1)), "commit: quota must be int64, got float32"),

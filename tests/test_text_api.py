@@ -39,6 +39,20 @@ def test_stop_strings_cut_the_text(model):
     assert unmask.generate(model, "sort f d b =>", policy="quota", stop=["never there"]).text == full.text
 
 
+def test_a_stop_string_is_not_in_the_ids_either(model):
+    full = unmask.generate(model, "sort f d b =>", policy="quota")
+    for stop in {w for w in full.text.split()[1:]} | {" " + w for w in full.text.split()[1:]}:
+        cut = unmask.generate(model, "sort f d b =>", policy="quota", stop=stop)
+        assert stop not in model.tokenizer.decode(cut.ids) and cut.text.startswith(model.tokenizer.decode(cut.ids))
+        assert cut.tokens_per_forward == len(cut.ids) / cut.nfe
+
+
+def test_mistakes_answer_at_the_call(model):
+    for settings in (dict(seeds=[1, 2]), dict(suppress=[999]), dict(policy="quota", steps=1, max_new_tokens=40, block_size=4)):
+        with pytest.raises(unmask.SettingError):
+            unmask.stream(model, PROMPT, **settings)
+
+
 def test_suppressed_tokens_never_appear(model):
     plain = unmask.generate(model, PROMPT)
     banned = plain.ids[0]

@@ -29,7 +29,8 @@ if(NOT UNMASK_CUDA STREQUAL "OFF" AND UNMASK_CUDA_SOURCES)
     unmask_torch_includes(_C_cuda)
     # -fmad=false: as -ffp-contract=off on the CPU, a fused multiply-add happens only where the source says so. --threads: the
     # architectures of one file compile side by side.
-    target_compile_options(_C_cuda PRIVATE -fmad=false -lineinfo -Xfatbin=-compress-all --threads=4 -Xcompiler=-fvisibility=hidden)
+    target_compile_options(_C_cuda PRIVATE -fmad=false -lineinfo -Xfatbin=-compress-all --threads=4 -Xcompiler=-fvisibility=hidden
+      "-Xcompiler=-fmacro-prefix-map=${CMAKE_SOURCE_DIR}/=")
     foreach(arch ${UNMASK_CUDA_ARCHS})
       target_compile_options(_C_cuda PRIVATE "SHELL:-gencode arch=compute_${arch},code=sm_${arch}")
     endforeach()

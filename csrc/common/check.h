@@ -56,13 +56,14 @@ inline std::string shape_text(const Tensor& t) {
 // The shim's own codes, fetched once: every accessor is a call across the library boundary, and a small op is all checks.
 struct ShimCodes {
   int32_t cuda = aoti_torch_device_type_cuda();
-  int32_t float32 = aoti_torch_dtype_float32(), bfloat16 = aoti_torch_dtype_bfloat16(),
-          float16 = aoti_torch_dtype_float16();
+  int32_t float32 = aoti_torch_dtype_float32(), float64 = aoti_torch_dtype_float64(),
+          bfloat16 = aoti_torch_dtype_bfloat16(), float16 = aoti_torch_dtype_float16();
   int32_t int64 = aoti_torch_dtype_int64(), int32 = aoti_torch_dtype_int32(), boolean = aoti_torch_dtype_bool();
 
   int32_t of(ScalarType t) const {
     switch (t) {
       case ScalarType::Float: return float32;
+      case ScalarType::Double: return float64;
       case ScalarType::BFloat16: return bfloat16;
       case ScalarType::Half: return float16;
       case ScalarType::Long: return int64;
@@ -120,6 +121,13 @@ struct Checker {
     const int32_t code = shim_dtype(t);
     if (code != codes.float32 && code != codes.bfloat16 && code != codes.float16)
       fail_must_be(op, name, "float32, bfloat16 or float16", dtype_name(t.scalar_type()));
+  }
+  // float32 or float64
+  void real(const Tensor& t, const char* name) const {
+    device(t, name);
+    const int32_t code = shim_dtype(t);
+    if (code != shim_codes().float32 && code != shim_codes().float64)
+      fail_must_be(op, name, "float32 or float64", dtype_name(t.scalar_type()));
   }
   // Expected sizes; -1 means any. `spec` is the shape as the docstring writes it, e.g. "[T, Hq, D]".
   void shape(const Tensor& t, const char* name, const char* spec, std::initializer_list<int64_t> sizes) const {

@@ -21,12 +21,12 @@ inline void check_commit(const Tensor& canvas, const Tensor& masked, const Tenso
   check.dtype(row, "row", ScalarType::Long);
   check.dtype(pos, "pos", ScalarType::Long);
   check.dtype(token, "token", ScalarType::Long);
-  check.dtype(score, "score", ScalarType::Float);
+  check.real(score, "score");
   if (cost) check.dtype(*cost, "cost", ScalarType::Float);
   if (eligible) check.dtype(*eligible, "eligible", ScalarType::Bool);
   if (editable) check.dtype(*editable, "editable", ScalarType::Bool);
   if (quota) check.dtype(*quota, "quota", ScalarType::Long);
-  if (threshold) check.dtype(*threshold, "threshold", ScalarType::Float);
+  if (threshold) check.real(*threshold, "threshold");
   if (status) check.dtype(*status, "status", ScalarType::Int);
 
   check.shape(canvas, "canvas", "[R, L]", {-1, -1});

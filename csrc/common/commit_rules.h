@@ -1,5 +1,5 @@
 // How many candidates a rule commits. Pure functions on arrays that are already in commit order (score descending, position ascending),
-// usable on every backend. Scores and costs are fp32, all arithmetic is double. Each returns 0 only for n == 0 or (quota) on request.
+// usable on every backend. All arithmetic is double, which holds fp32 scores and costs exactly. Each returns 0 only for n == 0 or (quota) on request.
 #pragma once
 #include <cstdint>
 
@@ -18,33 +18,33 @@ enum CommitRule : int64_t {
   kRuleCount = 6,
 };
 
-UNMASK_HD int64_t count_threshold(const float* score, int64_t n, double threshold, bool strict) {
+UNMASK_HD int64_t count_threshold(const double* score, int64_t n, double threshold, bool strict) {
   int64_t k = 0;
   while (k < n && (strict ? score[k] > threshold : score[k] >= threshold)) ++k;
   return k > 0 || n == 0 ? k : 1;
 }
 
 // (k + 1)(1 - score_(k)) never falls along the order while it is positive, so the prefix up to the first failure is the largest k.
-UNMASK_HD int64_t count_factor(const float* score, int64_t n, double factor) {
+UNMASK_HD int64_t count_factor(const double* score, int64_t n, double factor) {
   int64_t k = 0;
-  while (k < n && static_cast<double>(k + 2) * (1.0 - static_cast<double>(score[k])) < factor) ++k;
+  while (k < n && static_cast<double>(k + 2) * (1.0 - score[k]) < factor) ++k;
   return k > 0 || n == 0 ? k : 1;
 }
 
 // Rank r (from 1) fails below the bar 1 - f / (r + 1), rank 1 never; the scan stops at the first failure and commits the ranks before
 // it, but a first failure at the last rank commits that rank too.
-UNMASK_HD int64_t count_factor_authors(const float* score, int64_t n, double factor) {
+UNMASK_HD int64_t count_factor_authors(const double* score, int64_t n, double factor) {
   int64_t k = n > 0 ? 1 : 0;
-  while (k < n && !(static_cast<double>(score[k]) < 1.0 - factor / static_cast<double>(k + 2))) ++k;
+  while (k < n && !(score[k] < 1.0 - factor / static_cast<double>(k + 2))) ++k;
   return k == n - 1 ? n : k;
 }
 
 // The largest k, not the first failure: a slightly negative cost (a rounded KL) may lower the sum again.
-UNMASK_HD int64_t count_entropy_bound(const float* cost, int64_t n, double gamma) {
+UNMASK_HD int64_t count_entropy_bound(const double* cost, int64_t n, double gamma) {
   int64_t best = n > 0 ? 1 : 0;
   double sum = 0.0, largest = 0.0;
   for (int64_t k = 0; k < n; ++k) {
-    const double c = static_cast<double>(cost[k]);
+    const double c = cost[k];
     sum += c;
     largest = k == 0 || c > largest ? c : largest;
     if (sum - largest <= gamma) best = k + 1;

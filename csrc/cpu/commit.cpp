@@ -1,6 +1,6 @@
 // commit: per entry, order the live candidates by (score desc, position asc), let the rule say how many, write their tokens.
 //
-// An entry reads its candidates twice (classify, count what is left) and sorts them in between: n log n comparisons on 32-byte items,
+// An entry reads its candidates twice (classify, count what is left) and sorts them in between: n log n comparisons on 40-byte items,
 // up to kInline of them on the stack. Entries run in order on the calling thread; with many candidates and canvas rows that are
 // strictly increasing (so no two entries share one) they are split over threads. Nothing depends on the split.
 #include <algorithm>
@@ -35,12 +35,28 @@ Strided<const T> reading(const std::optional<Tensor>& t) {
   return t ? reading<T>(*t) : Strided<const T>{};
 }
 
+// float32 or float64, read as double
+struct Reals {
+  const void* data = nullptr;
+  int64_t stride = 0;
+  bool wide = false;
+  double operator[](int64_t i) const {
+    return wide ? static_cast<const double*>(data)[i * stride]
+                : static_cast<double>(static_cast<const float*>(data)[i * stride]);
+  }
+};
+
+Reals reading_reals(const Tensor& t) {
+  return {t.const_data_ptr(), t.size(0) ? t.stride(0) : 0, shim_dtype(t) == shim_codes().float64};
+}
+
 struct Commit {
   int64_t* canvas;
   bool* masked;
   int64_t canvas_stride[2], masked_stride[2], rows, length, candidates;
   Strided<const int64_t> cu, row, pos, token, quota;
-  Strided<const float> score, cost, threshold;
+  Strided<const float> cost;
+  Reals score, threshold;
   Strided<const bool> eligible, editable;
   Strided<int32_t> status;
   int64_t rule;
@@ -53,7 +69,7 @@ struct Commit {
 };
 
 struct Item {
-  float score, cost;
+  double score, cost;
   int64_t pos, token, index;
 };
 
@@ -72,8 +88,8 @@ int64_t keep_best_per_position(Item* items, int64_t n) {
   return std::unique(items, items + n, [](const Item& a, const Item& b) { return a.pos == b.pos; }) - items;
 }
 
-// `values` has room for n floats.
-int64_t how_many(const Commit& c, int64_t entry, const Item* items, int64_t n, float* values) {
+// `values` has room for n numbers.
+int64_t how_many(const Commit& c, int64_t entry, const Item* items, int64_t n, double* values) {
   if (c.rule == kRuleQuota) return std::min(c.quota[entry], n);
   const bool by_cost = c.rule == kRuleEntropyBound;
   for (int64_t i = 0; i < n; ++i) values[i] = by_cost ? items[i].cost : items[i].score;
@@ -99,8 +115,8 @@ int32_t entry_fault(const Commit& c, int64_t entry, int64_t begin, int64_t end, 
   return kStatusOk;
 }
 
-// One entry with valid bounds; `room` items and floats. Returns status bits.
-int32_t commit_entry(const Commit& c, int64_t entry, int64_t begin, int64_t end, Item* items, float* values) {
+// One entry with valid bounds; `room` items and values. Returns status bits.
+int32_t commit_entry(const Commit& c, int64_t entry, int64_t begin, int64_t end, Item* items, double* values) {
   const int64_t row = c.row[entry];
   if (row == -1) return kStatusOk;
   int32_t bits = entry_fault(c, entry, begin, end, row);
@@ -114,7 +130,7 @@ int32_t commit_entry(const Commit& c, int64_t entry, int64_t begin, int64_t end,
     const bool masked = c.masked_at(row, pos);
     const bool wanted = masked ? !c.eligible || c.eligible[i] : c.editable && c.editable[i];
     if (!wanted || token < 0) continue;
-    const float score = c.score[i], cost = c.rule == kRuleEntropyBound ? c.cost[i] : 0.0f;
+    const double score = c.score[i], cost = c.rule == kRuleEntropyBound ? static_cast<double>(c.cost[i]) : 0.0;
     if (score != score || (masked && cost != cost)) {
       bits |= kStatusNaNScore;
     } else if (masked) {
@@ -149,9 +165,9 @@ int32_t commit_entry(const Commit& c, int64_t entry, int64_t begin, int64_t end,
 // Entries [first, last); `from[b]` is the lowest candidate that entry b may own (what earlier entries claimed ends there).
 void commit_entries(const Commit& c, int64_t first, int64_t last, const Strided<const int64_t>& from) {
   Item inline_items[kInline];
-  float inline_values[kInline];
+  double inline_values[kInline];
   std::vector<Item> items;
-  std::vector<float> values;
+  std::vector<double> values;
   for (int64_t b = first; b < last; ++b) {
     c.count[b] = c.left[b] = 0;
     const int64_t begin = c.cu[b], end = c.cu[b + 1];
@@ -186,8 +202,9 @@ std::tuple<Tensor, Tensor, Tensor> commit(Tensor canvas, Tensor masked, const Te
   c.rows = canvas.size(0), c.length = canvas.size(1), c.candidates = n;
   c.cu = reading<int64_t>(cu), c.row = reading<int64_t>(row), c.pos = reading<int64_t>(pos),
   c.token = reading<int64_t>(token);
-  c.quota = reading<int64_t>(quota), c.score = reading<float>(score), c.cost = reading<float>(cost);
-  c.threshold = reading<float>(threshold), c.eligible = reading<bool>(eligible), c.editable = reading<bool>(editable);
+  c.quota = reading<int64_t>(quota), c.score = reading_reals(score), c.cost = reading<float>(cost);
+  if (threshold) c.threshold = reading_reals(*threshold);
+  c.eligible = reading<bool>(eligible), c.editable = reading<bool>(editable);
   if (status) c.status = {static_cast<int32_t*>(status->mutable_data_ptr()), batch ? status->stride(0) : 0};
   c.rule = rule;
   c.param = params.empty() ? 0.0 : params[0];

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from . import ops
-from .decode.backend import NativeBackend
+from .decode.backend import ModuleBackend, NativeBackend
 from .decode.engine import Commit as EngineCommit
 from .decode.engine import Engine, StepRecord
 from .decode.state import DecodeState, Row
 from .errors import SettingError, check_names
 from .models import checkpoint, hub
 from .models.config import ModelConfig
+from .models.foreign import Foreign
 from .models.model import Model, build
 from .models.tokenizer import Tokenizer
 from .prompts import Prompts, read_canvases, read_prompts
@@ -47,130 +48,152 @@ def load(
     target = _device(device)
     folder = hub.resolve(source, revision=revision, download=download)
     info = checkpoint.inspect(folder, family, overrides)
+    _check_decodable(info.config, overrides or {})
     tokenizer = Tokenizer.load(folder, info.config)
     return build(info, tokenizer, str(source), kind, target)
 
 
-def generate(model: Model | str | Path, prompt: Any, **settings: Any) -> Result | list[Result]:
+def generate(model: Model | torch.nn.Module | str | Path, prompt: Any, **settings: Any) -> Result | list[Result]:
     """Generates text after a prompt by denoising blocks of masks.
 
-    model: what `load` returned, or anything `load` takes. prompt: a string, token ids (list or 1-D tensor) or, with chat=True, a list of
+    model: what `load` returned, anything `load` takes, or any nn.Module that maps ids [B, L] to logits [B, L, V] (or an object with
+    `.logits`) and whose `config` names its mask token: that one runs without a cache, from ids, on rows of one length. prompt: a string, token ids (list or 1-D tensor) or, with chat=True, a list of
     {"role", "content"} messages: returns one Result; a list of those (or a 2-D tensor): returns a list, decoded as one batch with one
     forward per step; rows may differ in length and every row gets the tokens it gets alone. Settings: see `Settings`.
     Raises SettingError for unknown or out-of-range settings (naming the nearest valid one) and InvalidLogits for NaN logits.
     """
-    result = None
-    for event in stream(model, prompt, _quiet=True, **settings):
-        result = event.result if isinstance(event, Done) else result
-    assert result is not None
-    return result
+    return _prepare(model, prompt, settings, quiet=True).result()
 
 
-def stream(model: Model | str | Path, prompt: Any, *, _quiet: bool = False, **settings: Any) -> Iterator[Step | Commit | Done]:
+def stream(model: Model | torch.nn.Module | str | Path, prompt: Any, **settings: Any) -> Iterator[Step | Commit | Done]:
     """`generate`, as it happens: after every forward a Step and, for each row that settled something, a Commit; at the end one Done.
 
     Arguments and errors as in `generate`. Arguments are checked at the call, before the first event.
     """
+    return _prepare(model, prompt, settings, quiet=False).events()
+
+
+def _prepare(model: Model | torch.nn.Module | str | Path, prompt: Any, settings: Mapping[str, Any], quiet: bool) -> _Run:
     chosen = Settings.from_kwargs(settings)
-    loaded = model if isinstance(model, Model) else load(model)
-    prompts = read_prompts(prompt, loaded, chosen)
-    return _events(loaded, prompts, chosen, _quiet)
+    loaded = _model(model)
+    return _Run(loaded, read_prompts(prompt, loaded, chosen), chosen, quiet)
 
 
-def infill(model: Model | str | Path, canvas: Any, **settings: Any) -> Result | list[Result]:
+def infill(model: Model | torch.nn.Module | str | Path, canvas: Any, **settings: Any) -> Result | list[Result]:
     """Fills the holes of a canvas; every given token stays as it is.
 
     canvas: token ids with None for each hole (a list), or a list of such lists for a batch. Settings and errors as in `generate`, except
     that max_new_tokens and chat do not apply and eos_stop defaults to False. Result.ids holds the tokens put into the holes, in order.
     """
     chosen = Settings.from_kwargs({"eos_stop": False, **settings}, forbidden=("max_new_tokens", "chat"))
-    loaded = model if isinstance(model, Model) else load(model)
-    prompts = read_canvases(canvas, loaded)
-    result = None
-    for event in _events(loaded, prompts, chosen, True):
-        result = event.result if isinstance(event, Done) else result
-    assert result is not None
-    return result
+    loaded = _model(model)
+    return _Run(loaded, read_canvases(canvas, loaded), chosen, quiet=True).result()
 
 
-def _events(model: Model, prompts: Prompts, settings: Settings, quiet: bool) -> Iterator[Step | Commit | Done]:
-    began = time.perf_counter()
-    config = model.config
-    resolved = settings.resolved(model)
-    seeds = settings.row_seeds(len(prompts.canvases))
-    state = DecodeState(
-        prompts.canvases, prompts.given, config.mask_id, settings.schedule(), settings.steps_for_quota(prompts), seeds, model.device
-    )
-    eos_ids = config.eos_ids if settings.eos_stop else ()
-    stop = _StopStrings(state, model.tokenizer, settings.stop, eos_ids) if settings.stop else None
-    engine = Engine(
-        state,
-        NativeBackend(model, state, config.mask_id, settings.cfg_scale),
-        settings.policy_for(config),
-        cache=settings.cache,
-        eos_ids=eos_ids,
-        on_invalid=settings.on_invalid,
-        settled=stop,
-        record=settings.trace or not quiet,
-    )
-    ended = {row.index: 0.0 for row in state.rows}
-    traces: dict[int, list[dict[str, Any]]] = {row.index: [] for row in state.rows}
-    running = {row.index for row in state.active}
-    for record in engine.run():
-        now = time.perf_counter() - began
-        for row in state.rows:
-            if row.index in running and not row.active:
-                running.discard(row.index)
-                ended[row.index] = now
-        if settings.trace:
-            for commit in record.commits:
-                traces[commit.row].append(_trace_record(commit, record))
-        if not quiet:
-            yield Step(record.forward, record.seconds, {c.row: c.masks_left for c in record.commits})
-            for c in record.commits:
-                yield Commit(c.row, c.block, c.step, c.nfe, c.positions, c.ids, c.scores, c.masks_left, _canvas(state, c.row))
-    results = [
-        _result(model, state, row, prompts, settings, resolved, ended[row.index], traces[row.index] if settings.trace else None, stop)
-        for row in state.rows
-    ]
-    yield Done(results[0] if prompts.single else results)
+def _model(model: Model | torch.nn.Module | str | Path) -> Model | Foreign:
+    if isinstance(model, Model):
+        return model
+    return Foreign(model) if isinstance(model, torch.nn.Module) else load(model)
 
 
-def _result(
-    model: Model, state: DecodeState, row: Row, prompts: Prompts, settings: Settings, resolved: dict[str, Any], seconds: float, trace, stop
-) -> Result:
-    config = model.config
-    canvas = _canvas(state, row.index)
-    masked = state.masked[row.index, : row.end].tolist()
-    given = prompts.given[row.index]
-    made = [i for i in range(row.end) if not given[i]]
-    first_eos = next((i for i in made if canvas[i] in config.eos_ids and not masked[i]), None)
-    decided = [i for i in made if not masked[i]]
-    if settings.eos_stop and first_eos is not None and row.finish_reason != "invalid":
-        # what lies behind the end of the sequence is of no interest: it reads as end of sequence, decided or not
-        for i in made:
-            if i > first_eos:
-                canvas[i] = canvas[first_eos]
-    before_eos = [canvas[i] for i in decided if first_eos is None or i < first_eos]
-    ids = before_eos if settings.eos_stop else [canvas[i] for i in decided]
-    text = None
-    if model.tokenizer.available:
-        text = model.tokenizer.decode(ids)
-        if stop is not None:
-            ids, text = stop.cut(ids, text)
-    return Result(
-        text=text,
-        ids=ids,
-        canvas=canvas,
-        prompt_ids=prompts.prompt_ids[row.index],
-        nfe=row.nfe,
-        tokens_per_forward=len(before_eos) / row.nfe if row.nfe else 0.0,
-        seconds=seconds,
-        finish_reason=row.finish_reason or "length",
-        exact=resolved["exact"],
-        settings=resolved,
-        trace=trace,
-    )
+class _Run:
+    """One generation. Everything is checked when it is built; `events` then decodes."""
+
+    def __init__(self, model: Model | Foreign, prompts: Prompts, settings: Settings, quiet: bool):
+        self.began = time.perf_counter()
+        self.model, self.prompts, self.settings, self.quiet = model, prompts, settings, quiet
+        config = model.config
+        self.resolved = settings.resolved(model)
+        seeds = settings.row_seeds(len(prompts.canvases))
+        policy = settings.policy_for(config)
+        self.state = DecodeState(
+            prompts.canvases, prompts.given, config.mask_id, settings.schedule(), settings.steps_for_quota(prompts), seeds, model.device
+        )
+        eos_ids = config.eos_ids if settings.eos_stop else ()
+        self.stop = _StopStrings(self.state, model.tokenizer, settings.stop, eos_ids) if settings.stop else None
+        self.engine = Engine(
+            self.state,
+            self._backend(),
+            policy,
+            cache=settings.cache,
+            eos_ids=eos_ids,
+            on_invalid=settings.on_invalid,
+            settled=self.stop,
+            record=settings.trace or not quiet,
+        )
+
+    def _backend(self) -> NativeBackend | ModuleBackend:
+        model, settings, mask_id = self.model, self.settings, self.model.config.mask_id
+        if isinstance(model, Model):
+            return NativeBackend(model, self.state, mask_id, settings.cfg_scale)
+        if settings.cache != "none":
+            raise SettingError(f"cache={settings.cache!r} needs a model from unmask.load; {model.name} can only run with cache='none'")
+        lengths = sorted({len(c) for c in self.prompts.canvases})
+        if len(lengths) > 1:
+            raise SettingError(f"rows must be equally long for {model.name}, which is not from unmask.load; got lengths {lengths}")
+        return ModuleBackend(model.module, self.state, mask_id, settings.cfg_scale)
+
+    def result(self) -> Result | list[Result]:
+        """Decodes to the end."""
+        *_, done = self.events()
+        return done.result
+
+    def events(self) -> Iterator[Step | Commit | Done]:
+        state, settings = self.state, self.settings
+        ended = {row.index: 0.0 for row in state.rows}
+        traces: dict[int, list[dict[str, Any]]] = {row.index: [] for row in state.rows}
+        running = {row.index for row in state.active}
+        for record in self.engine.run():
+            now = time.perf_counter() - self.began
+            for row in state.rows:
+                if row.index in running and not row.active:
+                    running.discard(row.index)
+                    ended[row.index] = now
+            if settings.trace:
+                for commit in record.commits:
+                    traces[commit.row].append(_trace_record(commit, record))
+            if not self.quiet:
+                yield Step(record.forward, record.seconds, {c.row: c.masks_left for c in record.commits})
+                for c in record.commits:
+                    yield Commit(c.row, c.block, c.step, c.nfe, c.positions, c.ids, c.scores, c.masks_left, _canvas(state, c.row))
+        results = [self._row_result(row, ended[row.index], traces[row.index] if settings.trace else None) for row in state.rows]
+        yield Done(results[0] if self.prompts.single else results)
+
+    def _row_result(self, row: Row, seconds: float, trace: list[dict[str, Any]] | None) -> Result:
+        config, settings, tokenizer = self.model.config, self.settings, self.model.tokenizer
+        canvas = _canvas(self.state, row.index)
+        masked = self.state.masked[row.index, : row.end].tolist()
+        given = self.prompts.given[row.index]
+        made = [i for i in range(row.end) if not given[i]]
+        first_eos = next((i for i in made if canvas[i] in config.eos_ids and not masked[i]), None)
+        decided = [i for i in made if not masked[i]]
+        if settings.eos_stop and first_eos is not None and row.finish_reason != "invalid":
+            # what lies behind the end of the sequence is of no interest: it reads as end of sequence, decided or not
+            for i in made:
+                if i > first_eos:
+                    canvas[i] = canvas[first_eos]
+        before_eos = [canvas[i] for i in decided if first_eos is None or i < first_eos]
+        ids = before_eos if settings.eos_stop else [canvas[i] for i in decided]
+        counted = len(before_eos)
+        text = None
+        if tokenizer.available:
+            text = tokenizer.decode(ids)
+            if self.stop is not None:
+                ids, text = self.stop.cut(ids, text)
+                counted = min(counted, len(ids))
+        return Result(
+            text=text,
+            ids=ids,
+            canvas=canvas,
+            prompt_ids=self.prompts.prompt_ids[row.index],
+            nfe=row.nfe,
+            tokens_per_forward=counted / row.nfe if row.nfe else 0.0,
+            seconds=seconds,
+            finish_reason=row.finish_reason or "length",
+            exact=self.resolved["exact"],
+            settings=self.resolved,
+            trace=trace,
+        )
 
 
 def _canvas(state: DecodeState, index: int) -> list[int]:
@@ -208,15 +231,23 @@ class _StopStrings:
         return "stop" if any(s in text for s in self.stop) else None
 
     def cut(self, ids: list[int], text: str) -> tuple[list[int], str]:
-        """The text before the first stop string, and the fewest tokens that spell it."""
+        """The text before the first stop string, and the tokens that end before it."""
         at = min((text.find(s) for s in self.stop if s in text), default=-1)
         if at < 0:
             return ids, text
         kept = text[:at]
-        for n in range(len(ids) + 1):
-            if len(self.tokenizer.decode(ids[:n])) >= len(kept):
-                return ids[:n], kept
-        return ids, kept
+        n = max(n for n in range(len(ids) + 1) if len(self.tokenizer.decode(ids[:n])) <= at)
+        return ids[:n], kept
+
+
+def _check_decodable(config: ModelConfig, overrides: Mapping[str, Any]) -> None:
+    """What this release's loop cannot do must not look as if it did."""
+    if config.shifted:
+        raise SettingError("shifted models are not decoded in this release; leave `shifted` out of overrides")
+    if config.visibility != "bidirectional":
+        raise SettingError(f"visibility must be 'bidirectional' in this release, got {config.visibility!r}")
+    if overrides.get("block_size") is not None:
+        raise SettingError("block_size is a setting of generate, not of the model, for this family: generate(..., block_size=...)")
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

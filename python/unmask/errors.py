@@ -61,9 +61,9 @@ def nearest(name: object, valid: Iterable[str]) -> str:
     return f"{guess} valid: {', '.join(names)}"
 
 
-def check_names(what: str, given: Iterable[str], valid: Iterable[str]) -> None:
+def check_names(what: str, given: Iterable[object], valid: Iterable[str]) -> None:
     """Raise SettingError for the first of `given` not in `valid`: `unknown <what> 'tresh'; did you mean ...`."""
     known = set(valid)
     for name in given:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise SettingError(f"unknown {what} {name!r}{nearest(name, known)}")

@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from .decode.policy import as_integer
 from .errors import SettingError
+from .models.foreign import Foreign
 from .models.model import Model, check_ids
 from .settings import Settings
 
@@ -23,7 +26,7 @@ class Prompts:
     single: bool
 
 
-def read_prompts(prompt: Any, model: Model, settings: Settings) -> Prompts:
+def read_prompts(prompt: Any, model: Model | Foreign, settings: Settings) -> Prompts:
     """Strings, ids, tensors or chat messages, one or many, followed by max_new_tokens holes."""
     rows, single = _rows(prompt, settings.chat)
     n = settings.max_new_tokens
@@ -34,7 +37,7 @@ def read_prompts(prompt: Any, model: Model, settings: Settings) -> Prompts:
     return Prompts([row + [mask] * n for row in ids], [[True] * len(row) + [False] * n for row in ids], ids, single)
 
 
-def read_canvases(canvas: Any, model: Model) -> Prompts:
+def read_canvases(canvas: Any, model: Model | Foreign) -> Prompts:
     """Lists of ids with None for holes, one or many."""
     if not isinstance(canvas, (list, tuple)):
         raise SettingError(f"canvas must be a list of token ids with None for holes, or a list of such lists, got {type(canvas).__name__}")
@@ -56,6 +59,8 @@ def read_canvases(canvas: Any, model: Model) -> Prompts:
 
 
 def _rows(prompt: Any, chat: bool) -> tuple[list[Any], bool]:
+    if isinstance(prompt, np.ndarray):
+        prompt = prompt.tolist()
     if isinstance(prompt, torch.Tensor):
         if prompt.dim() == 1:
             return [prompt], True
@@ -73,13 +78,15 @@ def _rows(prompt: Any, chat: bool) -> tuple[list[Any], bool]:
         if not chat:
             raise SettingError("a list of messages needs chat=True")
         return [prompt], True
-    if isinstance(first, (int,)) and not isinstance(first, bool):
+    if as_integer(first) is not None:
         return [prompt], True
     return list(prompt), False
 
 
-def _ids(row: Any, model: Model, chat: bool, index: int) -> list[int]:
+def _ids(row: Any, model: Model | Foreign, chat: bool, index: int) -> list[int]:
     where = f"prompt {index}"
+    if isinstance(row, np.ndarray):
+        row = row.tolist()
     if isinstance(row, torch.Tensor):
         if row.dtype.is_floating_point or row.dtype is torch.bool or row.dim() != 1:
             raise SettingError(f"{where} must be int64 [P], got {row.dtype} {list(row.shape)}")
@@ -99,13 +106,14 @@ def _ids(row: Any, model: Model, chat: bool, index: int) -> list[int]:
 
 
 def _int_list(row: Sequence[Any], where: str) -> list[int]:
-    for j, x in enumerate(row):
-        if not isinstance(x, int) or isinstance(x, bool):
-            raise SettingError(f"{where}: token id {j} must be an integer, got {x!r}")
-    return list(row)
+    ids = [as_integer(x) for x in row]
+    for j, x in enumerate(ids):
+        if x is None:
+            raise SettingError(f"{where}: token id {j} must be an integer, got {row[j]!r}")
+    return ids  # type: ignore[return-value]
 
 
-def _check_range(ids: list[int], model: Model, where: str) -> None:
+def _check_range(ids: list[int], model: Model | Foreign, where: str) -> None:
     if any(x < 0 or x >= 1 << 62 for x in ids):
         bad = next(x for x in ids if x < 0 or x >= 1 << 62)
         raise SettingError(f"{where}: token ids must be in 0..{model.config.vocab_size - 1}, got {bad}")
@@ -115,6 +123,6 @@ def _check_range(ids: list[int], model: Model, where: str) -> None:
         raise SettingError(str(e)) from e
 
 
-def _check_length(model: Model, length: int, what: str) -> None:
+def _check_length(model: Model | Foreign, length: int, what: str) -> None:
     if length > model.config.max_positions:
         raise SettingError(f"{what} = {length} positions, but the model takes at most {model.config.max_positions}; shorten one of them")

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .decode.cache import CACHES, is_exact
-from .decode.policy import POLICIES, SCORES, Policy, integer, number
+from .decode.policy import MAX_TEMPERATURE, POLICIES, SCORES, Policy, integer, number, plain
 from .decode.schedule import FixedBlocks
 from .decode.state import row_seeds
 from .errors import SettingError, check_names
 
 if TYPE_CHECKING:
     from .models.config import ModelConfig
+    from .models.foreign import Foreign
     from .models.model import Model
     from .prompts import Prompts
 
@@ -25,7 +26,8 @@ class Settings:
     max_new_tokens: positions to fill after the prompt (default 32). block_size: positions denoised together, left to right block by
     block (default 32; larger than max_new_tokens = one block).
     policy: "threshold" (default), "quota" or "factor"; score: "confidence" (default), "margin", "entropy", "random": see decode.policy.
-    threshold: default 0.9 (must be given, at most 0, for score="entropy"). factor: default 1.0; factor_off_by_one: the authors' variant.
+    threshold: default 0.9 (must be given, at most 0, for score="entropy"). factor, for policy="factor": default 1.0; factor_off_by_one: the
+    authors' variant of it.
     steps: for policy="quota": forwards in all, spread over the blocks, the surplus first (default: one token per step).
     temperature: 0 = argmax; otherwise Gumbel-max sampling. cfg_scale: classifier-free guidance, logits u + (w + 1)(c - u), 0 = off.
     cache: "none" (default: exact), "prefix", "dual" (approximate on bidirectional models of more than one layer).
@@ -40,7 +42,7 @@ class Settings:
     policy: str = "threshold"
     score: str = "confidence"
     threshold: float | None = None
-    factor: float = 1.0
+    factor: float | None = None
     factor_off_by_one: bool = False
     steps: int | None = None
     temperature: float = 0.0
@@ -69,7 +71,7 @@ class Settings:
                     values[name] = tuple(values[name])
                 except TypeError as e:
                     raise SettingError(f"{name} must be a list, got {values[name]!r}") from e
-        return cls(**values)
+        return cls(**{name: plain(value) for name, value in values.items()})
 
     def __post_init__(self):
         integer("max_new_tokens", self.max_new_tokens, 0, 1 << 20)
@@ -84,10 +86,13 @@ class Settings:
             raise SettingError(f"threshold is for policy='threshold', got policy={self.policy!r}; leave it out or change the policy")
         if self.policy != "quota" and self.steps is not None:
             raise SettingError(f"steps is for policy='quota', got policy={self.policy!r}; leave it out or change the policy")
+        if self.policy != "factor" and (self.factor is not None or self.factor_off_by_one):
+            name = "factor" if self.factor is not None else "factor_off_by_one"
+            raise SettingError(f"{name} is for policy='factor', got policy={self.policy!r}; leave it out or change the policy")
         if self.steps is not None:
             integer("steps", self.steps, 1, 1 << 20)
-        number("temperature", self.temperature, 0.0, float("inf"))
-        number("cfg_scale", self.cfg_scale, 0.0, float("inf"))
+        number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
+        number("cfg_scale", self.cfg_scale, 0.0, 1e30)
         if self.cfg_scale and self.cache != "none":
             raise SettingError(f"cfg_scale needs cache='none', got cache={self.cache!r}")
         integer("seed", self.seed, -(1 << 63), (1 << 64) - 1)
@@ -107,7 +112,7 @@ class Settings:
             rule=self.policy,
             score=self.score,
             threshold=0.9 if self.threshold is None else self.threshold,
-            factor=self.factor,
+            factor=1.0 if self.factor is None else self.factor,
             off_by_one=self.factor_off_by_one,
             temperature=float(self.temperature),
             suppress=suppress,
@@ -139,13 +144,15 @@ class Settings:
             raise SettingError(f"seeds must hold one seed per row, {rows} here, got {len(self.seeds)}")
         return row_seeds(self.seed, self.seeds, rows)
 
-    def resolved(self, model: Model) -> dict[str, Any]:
+    def resolved(self, model: Model | Foreign) -> dict[str, Any]:
         """Every setting as it takes effect, plus what the model brings: the `settings` of a Result."""
         from .ops import isa
 
         values = dataclasses.asdict(self)
         if self.policy == "threshold" and self.threshold is None:
             values["threshold"] = 0.9
+        if self.policy == "factor" and self.factor is None:
+            values["factor"] = 1.0
         if self.policy != "factor":
             del values["factor"], values["factor_off_by_one"]
         exact = is_exact(self.cache, model.config.visibility, model.config.n_layers)

@@ -20,6 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except ImportError as error:  # the op library is missing, or is not one
+        print(f"unmask: {error}", file=sys.stderr)
+        return 1
+    except (RuntimeError, ValueError) as error:
+        if "UNMASK_" not in str(error):  # an environment variable with a value that does not exist
+            raise
+        print(f"unmask: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
     except (
         BrokenPipeError
     ):  # the reader of our output has gone: no traceback, and none from the interpreter's last flush

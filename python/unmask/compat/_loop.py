@@ -8,13 +8,19 @@ import torch
 
 from ..decode.backend import ModuleBackend, NativeBackend
 from ..decode.engine import Engine
-from ..decode.policy import Policy, integer, number
+from ..decode.policy import MAX_TEMPERATURE, Policy, integer, number
 from ..decode.schedule import FixedBlocks
 from ..decode.state import DecodeState, Row
 from ..errors import SettingError, check_names
 from ..models.model import Model, check_ids
 
+LONGEST = 1 << 20  # positions and steps; more is a mistake, not a request
 REMASKING = {"low_confidence": "confidence", "random": "random"}
+
+
+def check_model(model: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise SettingError(f"model must be a model from unmask.load or a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_arguments(prompt, steps, gen_length, block_length, temperature, remasking, mask_id, quota: bool) -> int:
@@ -22,11 +28,11 @@ def check_arguments(prompt, steps, gen_length, block_length, temperature, remask
     if not isinstance(prompt, torch.Tensor) or prompt.dim() != 2 or prompt.dtype != torch.int64:
         what = f"{prompt.dtype} {list(prompt.shape)}" if isinstance(prompt, torch.Tensor) else type(prompt).__name__
         raise SettingError(f"prompt must be an int64 tensor [B, P], got {what}")
-    integer("gen_length", gen_length, 0)
-    integer("block_length", block_length, 1)
-    integer("steps", steps, 1)
-    integer("mask_id", mask_id, 0)
-    number("temperature", temperature, 0.0, float("inf"))
+    integer("gen_length", gen_length, 0, LONGEST)
+    integer("block_length", block_length, 1, LONGEST)
+    integer("steps", steps, 1, LONGEST)
+    integer("mask_id", mask_id, 0, (1 << 31) - 1)
+    number("temperature", temperature, 0.0, MAX_TEMPERATURE)
     check_names("remasking", [remasking], REMASKING)
     if gen_length % block_length:
         raise SettingError(f"gen_length must be a multiple of block_length, got gen_length={gen_length}, block_length={block_length}")
@@ -55,7 +61,10 @@ def run(
     keep = _attention_mask(attention_mask, prompt)
     native = isinstance(model, Model)
     if native:
-        check_ids(prompt, model.config.vocab_size, "prompt")
+        try:
+            check_ids(prompt, model.config.vocab_size, "prompt")
+        except ValueError as error:
+            raise SettingError(str(error)) from None
         if mask_id >= model.config.vocab_size:
             raise SettingError(
                 f"mask_id must be below the model's vocabulary size {model.config.vocab_size}, got {mask_id}; this model's is {model.config.mask_id}"
@@ -73,7 +82,8 @@ def run(
     # as the authors' code: one stream of random numbers, taken from torch's default generator, so torch.manual_seed decides it
     sampled = policy.temperature > 0 or policy.score == "random"
     seeds = torch.randint(0, 2**62, (b,)).tolist() if sampled else [0] * b
-    state = DecodeState(canvases, given, mask_id, FixedBlocks(block_length), steps, seeds, prompt.device)
+    quota_steps = steps if policy.rule == "quota" else None
+    state = DecodeState(canvases, given, mask_id, FixedBlocks(block_length), quota_steps, seeds, prompt.device)
     if native:
         backend: NativeBackend | ModuleBackend = NativeBackend(model, state, mask_id, cfg_scale)
     else:

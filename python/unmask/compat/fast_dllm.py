@@ -2,16 +2,31 @@
 
 All three take the authors' arguments and return (x, nfe). The revisions of the authors' code differ in one forward: in the first one, the
 cached samplers run at least one cached forward per block, even if the block's full forward has finished it; the later one, which added
-`factor`, tests first. `superfluous_forward` chooses; by default the first behaviour, and the later one when `factor` is given.
+`factor` (AdaBlock's loops derive from it), tests first. `superfluous_forward` chooses; by default the later behaviour wherever `factor` is
+passed, None included, and the first one where it is left out.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 
 from ..decode.policy import Policy, number
 from ..errors import SettingError
 from . import _loop
+
+
+def _revision(sampler):
+    """Decides superfluous_forward where the caller does not: only the wrapper sees whether `factor` was passed."""
+
+    @functools.wraps(sampler)
+    def call(*args, superfluous_forward: bool | None = None, **kwargs):
+        if superfluous_forward is None:
+            superfluous_forward = not ("factor" in kwargs or len(args) >= 10)
+        return sampler(*args, superfluous_forward=superfluous_forward, **kwargs)
+
+    return call
 
 
 def generate(
@@ -27,6 +42,7 @@ def generate(
     return _run(model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor, "none", False)
 
 
+@_revision
 def generate_with_prefix_cache(
     model: torch.nn.Module, prompt: torch.Tensor, steps: int = 128, gen_length: int = 128, block_length: int = 128, temperature: float = 0.0,
     remasking: str = "low_confidence", mask_id: int = 126336, threshold: float | None = None, factor: float | None = None,
@@ -41,6 +57,7 @@ def generate_with_prefix_cache(
     )
 
 
+@_revision
 def generate_with_dual_cache(
     model: torch.nn.Module, prompt: torch.Tensor, steps: int = 128, gen_length: int = 128, block_length: int = 128, temperature: float = 0.0,
     remasking: str = "low_confidence", mask_id: int = 126336, threshold: float | None = None, factor: float | None = None,
@@ -58,23 +75,22 @@ def generate_with_dual_cache(
 def _run(
     model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor, cache, superfluous
 ) -> tuple[torch.Tensor, int]:
+    _loop.check_model(model)
     if threshold is not None and factor is not None:
         raise SettingError("give threshold or factor, not both")
     rule = "threshold" if threshold is not None else "factor" if factor is not None else "quota"
     _loop.check_arguments(prompt, steps, gen_length, block_length, temperature, remasking, mask_id, quota=rule == "quota")
-    if threshold is not None:
-        number("threshold", threshold, -1e30, 1e30)
+    if factor is not None:
+        number("factor", factor, 0.0, 1e30, open_low=True)
     policy = Policy(
         rule=rule,
         score=_loop.REMASKING[remasking],
-        threshold=0.9 if threshold is None else float(threshold),
+        threshold=0.9 if threshold is None else threshold,
         factor=1.0 if factor is None else float(factor),
         off_by_one=True,
         temperature=float(temperature),
         strict=False,
     )
-    if superfluous is None:
-        superfluous = factor is None
     least = 2 if superfluous and cache != "none" else 0
     return _loop.run(
         model, prompt, policy, steps=steps, gen_length=gen_length, block_length=block_length, mask_id=mask_id, cache=cache,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..decode.policy import Policy, number
+from ..errors import SettingError
 from ..models.model import Model
 from . import _loop
 
@@ -35,13 +36,10 @@ def generate(
     positions never change even if they hold mask_id, and samples (temperature > 0, remasking="random") come from a counter-based
     generator seeded from torch's default one. Raises SettingError (a ValueError) for bad arguments.
     """
+    _loop.check_model(model)
     blocks = _loop.check_arguments(prompt, steps, gen_length, block_length, temperature, remasking, mask_id, quota=True)
-    number("cfg_scale", cfg_scale, 0.0, float("inf"))
-    eos, eot = EOS_ID, EOT_ID
-    if isinstance(model, Model):
-        vocab = model.config.vocab_size
-        if EOT_ID >= vocab:  # a small model of the same layout: its own end-of-sequence ids
-            eos, eot = model.config.eos_ids[0], model.config.eos_ids[-1]
+    w = number("cfg_scale", cfg_scale, -1e30, 1e30)
+    eos, eot = _end_ids(model) if logits_eos_inf or confidence_eos_eot_inf else (EOS_ID, EOT_ID)
     drops = ()
     if confidence_eos_eot_inf:
         drops = (eot,) if temperature > 0 else (eos, eot)
@@ -51,10 +49,20 @@ def generate(
         temperature=float(temperature),
         suppress=(eos,) if logits_eos_inf else (),
         confidence_drops=drops,
+        rounded=True,
     )
     per_block = steps // blocks if blocks else 0
     x, _ = _loop.run(
-        model, prompt, policy, steps=steps, gen_length=gen_length, block_length=block_length, mask_id=mask_id, cfg_scale=float(cfg_scale),
+        model, prompt, policy, steps=steps, gen_length=gen_length, block_length=block_length, mask_id=mask_id, cfg_scale=w if w > 0 else 0.0,  # the authors test w > 0
         attention_mask=attention_mask, min_steps=lambda row: per_block,
     )  # fmt: skip
     return x
+
+
+def _end_ids(model: torch.nn.Module) -> tuple[int, int]:
+    """EOS and EoT: LLaDA-8B's, or the end-of-sequence ids of a smaller model of the same layout."""
+    if not isinstance(model, Model) or EOT_ID < model.config.vocab_size:
+        return EOS_ID, EOT_ID
+    if not model.config.eos_ids:
+        raise SettingError("logits_eos_inf and confidence_eos_eot_inf need an end-of-sequence id, and this model's config.json names none")
+    return model.config.eos_ids[0], model.config.eos_ids[-1]

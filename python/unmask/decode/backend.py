@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from .. import ops
+from ..errors import SettingError
 from ..models.backbone import Forward
 from ..models.model import Model
 from ..ops import LogitStats
@@ -84,6 +85,10 @@ class NativeBackend:
         self._plan: Plan | None = None
         self._forward: Forward | None = None
 
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        return self.model.dtype
+
     def stats(self, plan: Plan, live: torch.Tensor, **options) -> LogitStats:
         """Runs the forward of `plan` and reduces the logits of its live candidates. live: bool [N]. options: of `head_stats`."""
         if plan is not self._plan:
@@ -140,6 +145,10 @@ class ModuleBackend:
         self.module, self.state, self.mask_id, self.cfg_scale, self.attention_mask = module, state, mask_id, cfg_scale, attention_mask
         self.forbid = torch.tensor([mask_id], device=state.canvas.device)
 
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        return self.logits.dtype
+
     def stats(self, plan: Plan, live: torch.Tensor, **options) -> LogitStats:
         """Runs the module on the canvases of the active rows and reduces the logits of the live candidates."""
         x = self.state.canvas.index_select(0, plan.row)
@@ -149,15 +158,18 @@ class ModuleBackend:
         if self.attention_mask is not None:
             mask = self.attention_mask.index_select(0, plan.row)
             kwargs["attention_mask"] = torch.cat([mask, mask]) if self.cfg_scale else mask
-        out = self.module(x, **kwargs)
-        logits = out if isinstance(out, torch.Tensor) else out.logits
+        logits = _logits_of(self.module(x, **kwargs), type(self.module).__name__)
         if self.cfg_scale:
             c, u = logits.chunk(2)
             logits = u + (self.cfg_scale + 1.0) * (c - u)
         if logits.dim() != 3 or logits.shape[:2] != (plan.row.shape[0], self.state.canvas.shape[1]):
-            raise ValueError(
+            raise SettingError(
                 f"the module must return logits [B, L, V] = [{plan.row.shape[0]}, {self.state.canvas.shape[1]}, any], got {list(logits.shape)}"
             )
+        vocab = logits.shape[2]
+        for name, ids in (("mask_id", self.forbid), ("an id to suppress", options.get("suppress"))):
+            if ids is not None and bool((ids >= vocab).any()):
+                raise SettingError(f"{name} must be below the module's vocabulary size {vocab}, got {int(ids.max())}")
         self.logits = logits
         return self.reduce(plan, live, **options)
 
@@ -166,3 +178,13 @@ class ModuleBackend:
         length = self.state.canvas.shape[1]
         rows = torch.where(live, plan.cand_entry * length + plan.cand_pos, -1)
         return ops.logit_stats(self.logits.reshape(-1, self.logits.shape[-1]), rows, forbid=self.forbid, **options)
+
+
+def _logits_of(out: object, module: str) -> torch.Tensor:
+    """The logits in what a module returned."""
+    logits = out if isinstance(out, torch.Tensor) else getattr(out, "logits", None)
+    if not isinstance(logits, torch.Tensor):
+        raise SettingError(f"{module} must return logits [B, L, V] or an object with .logits, got {type(out).__name__}")
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise SettingError(f"the logits of {module} must be float32, bfloat16 or float16, got {logits.dtype}")
+    return logits

@@ -22,6 +22,8 @@ from .state import DecodeState, Row
 class Backend(Protocol):
     """What the loop needs of a model. live: bool [N], the candidates whose statistics are wanted."""
 
+    @property
+    def logits_dtype(self) -> torch.dtype: ...
     def stats(self, plan: Plan, live: torch.Tensor, **options) -> LogitStats: ...
     def reduce(self, plan: Plan, live: torch.Tensor, **options) -> LogitStats: ...
 
@@ -105,8 +107,10 @@ class Engine:
         if self._drops is not None:
             # the probability of the chosen token once the dropped ids are gone: 0 for a dropped id itself
             clean = self.backend.reduce(plan, live, suppress=self._drops, ids=stats.token.unsqueeze(1))
-            stats.p.copy_(clean.at_ids[:, 0, 0].exp())
-        score = policy.scores(stats, **key)
+            log_p = clean.at_ids[:, 0, 0]
+            stats.p.copy_(log_p.exp())
+            stats.p_rest.copy_(-torch.expm1(log_p))
+        score = policy.scores(stats, self.backend.logits_dtype, **key)
         result = ops.commit(
             state.canvas, state.masked, plan.cu, plan.row, plan.cand_pos, stats.token, score,
             rule=policy.rule_id, params=policy.params, eligible=eligible, quota=self._quota(rows), threshold=self._threshold(rows),
@@ -131,7 +135,7 @@ class Engine:
     def _threshold(self, rows: list[Row]) -> torch.Tensor | None:
         if self.policy.rule != "threshold":
             return None
-        return torch.full((len(rows),), float(self.policy.threshold), dtype=torch.float32, device=self.state.canvas.device)
+        return torch.full((len(rows),), float(self.policy.threshold), dtype=torch.float64, device=self.state.canvas.device)
 
     def _check(self, stats: LogitStats, plan: Plan, rows: list[Row]) -> torch.Tensor | None:
         """Invalid logits: raise, or end their rows and return which candidates may still commit."""

@@ -7,13 +7,15 @@
 | factor | largest n with (n + 1)(1 - score_(n)) < factor, at least one | Fast-dLLM, arXiv 2505.22618, theorem 1 |
 
 Scores: confidence (probability of the chosen token), margin (p1 - p2), entropy (negative, nats) and random (uniform), as in LLaDA and
-arXiv 2502.06768. All of them come from the clean softmax: temperature and noise change the token, never the score.
+arXiv 2502.06768. Confidence is ordered and compared in float64. All scores come from the clean softmax: temperature and noise change the token, never the score.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import operator
 
 import torch
 
@@ -22,6 +24,7 @@ from ..ops import LogitStats, Rule, uniform
 
 POLICIES = ("quota", "threshold", "factor")
 SCORES = ("confidence", "margin", "entropy", "random")
+MAX_TEMPERATURE = 1e30  # beyond it the noise would leave float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Policy:
     temperature: Gumbel noise scale for the token choice, >= 0 (0 = argmax).
     confidence_drops: ids whose probability is removed, after the token was chosen, before the score is read (LLaDA's
     confidence_eos_eot_inf); a position that chose one of them scores 0.
+    rounded: the confidence has the precision of the model's logits, as LLaDA's code computes it, instead of float64, as Fast-dLLM's does;
+    positions that round to the same value are then taken in order.
     strict: False lifts the range of `threshold` (the authors' loops take any number).
     """
 
@@ -46,18 +51,19 @@ class Policy:
     temperature: float = 0.0
     suppress: tuple[int, ...] = ()
     confidence_drops: tuple[int, ...] = ()
+    rounded: bool = False
     strict: bool = True
 
     def __post_init__(self):
         check_names("policy", [self.rule], POLICIES)
         check_names("score", [self.score], SCORES)
-        number("temperature", self.temperature, 0.0, math.inf)
+        number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
         if self.rule == "threshold":
-            if not isinstance(self.threshold, (int, float)) or math.isnan(self.threshold):
-                raise SettingError(f"threshold must be a number, got {self.threshold!r}")
-            if self.strict and self.score == "entropy":
+            if not self.strict:
+                number("threshold", self.threshold, -math.inf, math.inf, finite=False)
+            elif self.score == "entropy":
                 number("threshold (for score='entropy', in nats)", self.threshold, -math.inf, 0.0)
-            elif self.strict:
+            else:
                 number("threshold", self.threshold, 0.0, 1.0)
         if self.rule == "factor":
             number("factor", self.factor, 0.0, math.inf, open_low=True)
@@ -74,10 +80,12 @@ class Policy:
     def params(self) -> list[float]:
         return [float(self.factor)] if self.rule == "factor" else []
 
-    def scores(self, stats: LogitStats, seed: torch.Tensor, step: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
-        """float32 [N]: what orders the candidates. seed, step, pos: int64 [N], the key of the random score."""
+    def scores(
+        self, stats: LogitStats, logits_dtype: torch.dtype, seed: torch.Tensor, step: torch.Tensor, pos: torch.Tensor
+    ) -> torch.Tensor:
+        """float64 (confidence) or float32 [N]: what orders the candidates. seed, step, pos: int64 [N], the key of the random score."""
         if self.score == "confidence":
-            return stats.p
+            return stats.p.to(logits_dtype).float() if self.rounded else stats.confidence
         if self.score == "margin":
             return stats.margin
         if self.score == "entropy":
@@ -85,23 +93,49 @@ class Policy:
         return uniform(seed, step, pos)
 
 
-def number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
-    """The value as a float inside [low, high]; raises SettingError with the range otherwise."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value) and low <= value <= high
-    if ok and (math.isinf(value) or (open_low and value == low)):
-        ok = False
+def number(name: str, value: object, low: float, high: float, *, open_low: bool = False, finite: bool = True) -> float:
+    """The value as a float inside [low, high]; raises SettingError with the range otherwise. NumPy's and torch's scalars are numbers."""
+    x = math.nan
+    if isinstance(value, numbers.Real) or _is_scalar_tensor(value):
+        try:
+            x = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+        except OverflowError:
+            pass
+    ok = low <= x <= high and not (math.isinf(x) and finite) and not (open_low and x == low)
     if not ok:
         bounds = f"{'(' if open_low or math.isinf(low) else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
         raise SettingError(f"{name} must be a number in {bounds}, got {value!r}")
-    return float(value)
+    return x
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     """The value as an int in low..high; raises SettingError with the range otherwise."""
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
-    if not ok:
+    x = as_integer(value)
+    if x is None or x < low or (high is not None and x > high):
         raise SettingError(f"{name} must be an integer {f'in {low}..{high}' if high is not None else f'>= {low}'}, got {value!r}")
-    return int(value)
+    return x
+
+
+def as_integer(value: object) -> int | None:
+    """The value as an int if it is one (NumPy's and torch's integers too, bool not), else None."""
+    if isinstance(value, bool) or (isinstance(value, torch.Tensor) and (value.dim() > 0 or value.dtype is torch.bool)):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError):
+        return None
+
+
+def plain(value: object) -> object:
+    """NumPy's and torch's scalars as the int or float that JSON knows; anything else as it is."""
+    x = as_integer(value)
+    if x is not None or isinstance(value, (bool, float)):
+        return value if x is None else x
+    return float(value) if isinstance(value, numbers.Real) or _is_scalar_tensor(value) else value  # type: ignore[arg-type]
+
+
+def _is_scalar_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype is not torch.bool and not value.is_complex()
 
 
 def quota_schedule(masks: int, steps: int) -> list[int]:

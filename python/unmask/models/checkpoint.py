@@ -101,6 +101,8 @@ def inspect(
     """
     if family is not None and family not in FAMILIES:
         raise SettingError(f"unknown family {family!r}{nearest(family, FAMILIES)}")
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise SettingError(f"overrides must be a dict of ModelConfig fields, got {type(overrides).__name__}")
     overrides = dict(overrides or {})
     check_names("config override", overrides, set(CONFIG_FIELDS) - {"family"})
     folder = Path(folder).resolve()

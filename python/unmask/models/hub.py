@@ -126,7 +126,7 @@ def _from_cache(repo_id: str, revision: str, download: bool, local: Path) -> Pat
     lines = "".join(f"\n  {place}" for place in searched)
     raise ModelNotFound(
         f"model {repo_id!r}{at} is not on this machine. Searched:{lines}\nFetch it with: hf download {repo_id}{flag}"
-        "\n(or pass download=True)"
+        "\n(or pass download=True; --download on the command line)"
     )
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..errors import SettingError
 from ..ops.head_stats import Head
 from ..ops.linear import Format, choose_format
 from . import checkpoint
@@ -25,7 +26,7 @@ class Model(torch.nn.Module):
     """A diffusion LM. Every call runs one forward, and forward hooks count those calls.
 
     The decoder calls it with a packed `Forward` and a K/V cache, and gets hidden states [T, d_model]. Called with token ids [B, L], as
-    the authors' own loops call theirs, it returns an object with `.logits` [B, L, V].
+    the authors' own loops call theirs (`attention_mask=` may be given and must be all ones), it returns an object with `.logits` [B, L, V].
 
     config: ModelConfig. tokenizer: Tokenizer (`available` is False without a tokenizer.json: then only ids can be given). name: where it came from. format: how the
     linear weights are kept (see unmask.ops.linear).
@@ -47,11 +48,32 @@ class Model(torch.nn.Module):
     def new_cache(self, rows: int, slots: int) -> KVCache:
         return KVCache(self.config, rows, slots, self.dtype, self.device)
 
-    def forward(self, f: Forward | torch.Tensor, cache: KVCache | None = None) -> torch.Tensor | Logits:
+    def forward(
+        self, f: Forward | torch.Tensor | None = None, cache: KVCache | None = None, *, input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None, **others: object,
+    ) -> torch.Tensor | Logits:  # fmt: skip
+        f = input_ids if f is None else f
+        if others:
+            raise SettingError(
+                f"a model from unmask.load takes ids and attention_mask, got {sorted(others)}; for cached decoding use unmask.generate or unmask.compat"
+            )
+        if attention_mask is not None and not bool((attention_mask != 0).all()):
+            raise SettingError("attention_mask must be all ones here; unmask.compat.llada.generate takes padded prompts")
         if isinstance(f, torch.Tensor):
             return Logits(self._logits(f))
+        if not isinstance(f, Forward):
+            raise SettingError(f"a model is called with token ids int64 [B, L], got {type(f).__name__}")
         assert cache is not None, "a packed Forward needs a KVCache"
         return self.backbone(f, cache)
+
+    def _apply(self, fn, recurse=True):
+        """What .to(), .half(), .cuda() and their like call: packed weights cannot be converted, and a silent no-op would lie."""
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if probe.dtype != self.dtype or probe.device != self.device:
+            raise SettingError(
+                f"a loaded model keeps its dtype and device, {self.dtype} on {self.device}; load it again: unmask.load(..., dtype=..., device=...)"
+            )
+        return self
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits of whole sequences: ids int64 [B, L] -> [B, L, V] in the model's dtype, bidirectional, no cache, never shifted.

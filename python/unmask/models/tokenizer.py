@@ -111,6 +111,8 @@ class Tokenizer:
             return rust.encode(text, add_special_tokens=add_special).ids
         except (UnicodeEncodeError, TypeError):
             raise SettingError("text must be valid Unicode, got lone surrogates") from None
+        except Exception as error:  # the library has no class of its own for its errors
+            raise CheckpointError(f"the tokenizer in {self.folder} cannot encode this text", shown(str(error), 200)) from None
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of ids (a sequence or an integer tensor). Ids without a token (padding of the vocabulary) give nothing."""
@@ -171,6 +173,7 @@ def _parse(text: str, problems: list[str]) -> RustTokenizer | None:
         rust = RustTokenizer.from_str(text)
         rust.no_truncation()  # tokenizer.json may hold the settings of some training run
         rust.no_padding()
+        rust.encode("a \u00e9 1")  # some faults, like an unknown-token that is not in the vocabulary, show here first
         return rust
     except BaseException as error:
         # The library reports a bad file as plain Exception, and a Rust panic as PanicException, a BaseException.

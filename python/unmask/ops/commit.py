@@ -49,12 +49,12 @@ def commit(
     """Orders each entry's live candidates by (score descending, position ascending), lets `rule` say how many, writes their tokens.
 
     canvas: int64 [R, L] and masked: bool [R, L] are written in place (`canvas = token`, `masked = False`). Entry b owns candidates
-    cu[b]:cu[b+1] (cu int64 [B+1], rising) on canvas row row[b] (int64 [B]; -1 = skip). pos, token: int64 [N]; score: float32 [N].
+    cu[b]:cu[b+1] (cu int64 [B+1], rising) on canvas row row[b] (int64 [B]; -1 = skip). pos, token: int64 [N]; score: float32 or float64 [N].
 
     A candidate is live where its position is masked, `eligible` (bool [N], default all) is set, token >= 0 and score is not NaN. Of
     several live candidates for one position only the best counts (score, then lowest token). Rules in double precision:
 
-    - QUOTA: `quota` int64 [B]. THRESHOLD, THRESHOLD_STRICT: `threshold` float32 [B]. FACTOR, FACTOR_AUTHORS: params[0] > 0.
+    - QUOTA: `quota` int64 [B]. THRESHOLD, THRESHOLD_STRICT: `threshold` float32 or float64 [B]. FACTOR, FACTOR_AUTHORS: params[0] > 0.
       ENTROPY_BOUND: `cost` float32 [N] and params[0] >= 0. A tensor or number that the rule does not use is not read.
     - `editable` (bool [N]) lets decided positions change: not masked, editable, token >= 0 and different, score > params[1]: overwritten
       and reported in `committed`, not in `count`.

@@ -24,6 +24,8 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
+from ..errors import SettingError
+
 Format = Literal["packed", "packed_fp32", "plain"]
 FORMATS: tuple[str, ...] = ("packed", "packed_fp32", "plain")
 ROW_MULTIPLE = 16
@@ -64,7 +66,7 @@ def choose_format(dtype: torch.dtype, device: torch.device, n_params: int) -> Fo
     forced = os.environ.get("UNMASK_GEMM")
     if forced:
         if forced not in FORMATS:
-            raise ValueError(f"UNMASK_GEMM must be one of {', '.join(FORMATS)}, got {forced!r}")
+            raise SettingError(f"UNMASK_GEMM must be one of {', '.join(FORMATS)}, got {forced!r}")
         return forced  # type: ignore[return-value]
     if device.type != "cpu" or not packing_available(torch.float32):
         return "plain"

@@ -22,6 +22,12 @@ def floating(op: str, name: str, t: torch.Tensor) -> None:
         fail(op, name, "float32, bfloat16 or float16", _name(t.dtype))
 
 
+def real(op: str, **tensors: torch.Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None and t.dtype not in (torch.float32, torch.float64):
+            fail(op, name, "float32 or float64", _name(t.dtype))
+
+
 def dtype(op: str, want: torch.dtype, **tensors: torch.Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None and t.dtype != want:
