@@ -27,7 +27,7 @@ int guarded(const F& f) {
 
 int64_t blocks_for(int64_t warps) { return (warps + kWarpsPerBlock - 1) / kWarpsPerBlock; }
 
-template <LogitType kType>
+template <FloatType kType>
 void scan(const StatsJob& job) {
   const int64_t blocks = blocks_for(job.entries * job.groups);
   if (job.in.temperature > 0.0f) emulate(blocks, kWarpsPerBlock, [&] { stats_scan<kType, true>(job); });
@@ -54,9 +54,9 @@ void run(StatsJob job, int64_t entries, int64_t group_chunks, int64_t entries_pe
     job.entry_begin = begin;
     job.entries = std::min(entries - begin, plan.entries_per_launch);
     switch (job.in.type) {
-      case LogitType::f32: scan<LogitType::f32>(job); break;
-      case LogitType::bf16: scan<LogitType::bf16>(job); break;
-      case LogitType::f16: scan<LogitType::f16>(job); break;
+      case FloatType::f32: scan<FloatType::f32>(job); break;
+      case FloatType::bf16: scan<FloatType::bf16>(job); break;
+      case FloatType::f16: scan<FloatType::f16>(job); break;
     }
     fold(job);
   }

@@ -168,10 +168,21 @@ inline Vec16 load16(const void* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+inline Vec16 load16_mutable(const void* p) { return load16(p); }
+inline void store16(void* p, const Vec16& v) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) Warp::now().error("a 16-byte store is not aligned");
+  std::memcpy(p, &v, sizeof v);
+}
 inline float float_of_half(uint16_t h) {
   _Float16 f;
   std::memcpy(&f, &h, sizeof f);
   return static_cast<float>(f);
+}
+inline uint16_t half_of_float(float v) {
+  const _Float16 f = static_cast<_Float16>(v);
+  uint16_t h;
+  std::memcpy(&h, &f, sizeof h);
+  return h;
 }
 inline float exp2_approx(float y) {
   const float r = std::exp2(y);

@@ -1,4 +1,4 @@
-"""Builds tests/emulate_logit_stats.cpp and calls the CUDA kernels in it, lane by lane on the CPU."""
+"""Builds tests/emulate_*.cpp and calls the CUDA kernels in them, lane by lane on the CPU."""
 
 from __future__ import annotations
 
@@ -49,17 +49,24 @@ class Tile(ctypes.Structure):  # StateTile, csrc/cuda/logit_stats_fold.cuh
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def build(source: str) -> ctypes.CDLL:
+    """Compiles tests/<source> for the host and loads it."""
     folder = tempfile.TemporaryDirectory(prefix="unmask-emulated-")
     path = Path(folder.name) / "emulated.so"
     subprocess.run(
         ["g++", "-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Werror",
-         f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", str(ROOT / "tests/emulate_logit_stats.cpp"), "-o", str(path)],
+         f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", str(ROOT / "tests" / source), "-o", str(path)],
         check=True,
     )  # fmt: skip
     lib = ctypes.CDLL(str(path))
     folder.cleanup()
     lib.emulated_error.restype = c_char_p
+    return lib
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    lib = build("emulate_logit_stats.cpp")
     plan = [c_int64, c_int64, c_int64]
     lib.emulated_logit_stats.argtypes = [POINTER(Job), *plan, POINTER(Outputs)]
     lib.emulated_stats_tile.argtypes = [POINTER(Job), *plan, POINTER(Tile)]
@@ -130,4 +137,44 @@ def stats_finish(state: torch.Tensor, id_logit: torch.Tensor | None, topk: int) 
     entries, n_ids = state.shape[0], 0 if id_logit is None else id_logit.shape[1]
     out, pointers = _outputs(entries, n_ids, topk)
     _run(library().emulated_stats_finish, byref(_tile(state, id_logit)), byref(pointers), entries)
+    return out
+
+
+def commit(canvas, masked, cu, row, pos, token, score, cost, eligible, editable, rule, params, quota, threshold, status) -> tuple[torch.Tensor, ...]:
+    """The op's outputs, by the CUDA kernel on emulated warps; canvas, masked and status are written in place."""
+    lib = build("emulate_commit.cpp")
+    lib.emulated_commit.argtypes = [POINTER(c_void_p), POINTER(c_int64), ctypes.c_double, ctypes.c_double]
+    n, batch = pos.shape[0], row.shape[0]
+    out = torch.zeros(n, dtype=torch.bool), torch.full((batch,), -77), torch.full((batch,), -77)
+    strided = (cu, row, pos, token, quota, cost, score, threshold, eligible, editable, status)
+    pointers = [None if t is None else t.data_ptr() for t in (canvas, masked, *strided, *out)]
+    numbers = [*canvas.stride(), *masked.stride(), *canvas.shape, n, batch, int(rule)]
+    numbers += [0 if t is None or t.shape[0] == 0 else t.stride(0) for t in strided]
+    numbers += [score.dtype is torch.float64, threshold is not None and threshold.dtype is torch.float64]
+    edit = float(params[1]) if len(params) > 1 else 0.0
+    args = (c_void_p * len(pointers))(*pointers), (c_int64 * len(numbers))(*map(int, numbers))
+    if lib.emulated_commit(*args, float(params[0]) if params else 0.0, edit) != 0:
+        raise RuntimeError(lib.emulated_error().decode())
+    return out
+
+
+def norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, aligned: bool) -> torch.Tensor:
+    """rms_norm, or add_rms_norm with a residual (written in place), by the CUDA kernel. Elements of a row are dense."""
+    lib = build("emulate_elementwise.cpp")
+    lib.emulated_norm.argtypes = [c_void_p] * 4 + [c_int64] * 4 + [c_float, c_int64, c_bool]
+    out = torch.full(x.shape, 777.0, dtype=x.dtype)
+    r = (None, 0) if residual is None else (residual.data_ptr(), residual.stride(0))
+    args = (x.data_ptr(), r[0], weight.data_ptr(), out.data_ptr(), x.stride(0), r[1], x.shape[1], _TYPES[x.dtype], eps, x.shape[0], aligned)
+    if lib.emulated_norm(*args) != 0:
+        raise RuntimeError(lib.emulated_error().decode())
+    return out
+
+
+def silu_mul(gate_up: torch.Tensor, aligned: bool) -> torch.Tensor:
+    lib = build("emulate_elementwise.cpp")
+    lib.emulated_silu.argtypes = [c_void_p] * 2 + [c_int64] * 4 + [c_bool]
+    width = gate_up.shape[1] // 2
+    out = torch.full((gate_up.shape[0], width), 777.0, dtype=gate_up.dtype)
+    if lib.emulated_silu(gate_up.data_ptr(), out.data_ptr(), gate_up.stride(0), width, _TYPES[gate_up.dtype], gate_up.shape[0], aligned) != 0:
+        raise RuntimeError(lib.emulated_error().decode())
     return out

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "common/check.h"
-#include "common/commit_rules.h"
+#include "common/commit_params.h"
 
 namespace unmask {
 
@@ -66,6 +66,44 @@ inline void check_commit(const Tensor& canvas, const Tensor& masked, const Tenso
   check.writable(canvas, "canvas");
   check.writable(masked, "masked");
   if (status) check.writable(*status, "status");
+}
+
+template <class T>
+Strided<const T> reading(const Tensor& t) {
+  return {static_cast<const T*>(t.const_data_ptr()), t.size(0) ? t.stride(0) : 0};
+}
+template <class T>
+Strided<const T> reading(const std::optional<Tensor>& t) {
+  return t ? reading<T>(*t) : Strided<const T>{};
+}
+inline Reals reading_reals(const Tensor& t) {
+  return {t.const_data_ptr(), t.size(0) ? t.stride(0) : 0, shim_dtype(t) == shim_codes().float64};
+}
+
+// After check_commit.
+inline CommitParams commit_params(const Tensor& canvas, const Tensor& masked, const Tensor& cu, const Tensor& row,
+                                  const Tensor& pos, const Tensor& token, const Tensor& score,
+                                  const std::optional<Tensor>& cost, const std::optional<Tensor>& eligible,
+                                  const std::optional<Tensor>& editable, int64_t rule,
+                                  const std::vector<double>& params, const std::optional<Tensor>& quota,
+                                  const std::optional<Tensor>& threshold, const std::optional<Tensor>& status,
+                                  const Tensor& committed, const Tensor& count, const Tensor& left) {
+  CommitParams c{};
+  c.canvas = static_cast<int64_t*>(canvas.mutable_data_ptr()), c.masked = static_cast<bool*>(masked.mutable_data_ptr());
+  for (int i = 0; i < 2; ++i) c.canvas_stride[i] = canvas.stride(i), c.masked_stride[i] = masked.stride(i);
+  c.rows = canvas.size(0), c.length = canvas.size(1), c.candidates = pos.size(0), c.entries = row.size(0);
+  c.cu = reading<int64_t>(cu), c.row = reading<int64_t>(row), c.pos = reading<int64_t>(pos);
+  c.token = reading<int64_t>(token), c.quota = reading<int64_t>(quota);
+  c.score = reading_reals(score), c.cost = reading<float>(cost);
+  if (threshold) c.threshold = reading_reals(*threshold);
+  c.eligible = reading<bool>(eligible), c.editable = reading<bool>(editable);
+  if (status) c.status = {static_cast<int32_t*>(status->mutable_data_ptr()), c.entries ? status->stride(0) : 0};
+  c.rule = rule;
+  c.param = params.empty() ? 0.0 : params[0];
+  c.edit_threshold = params.size() > 1 ? params[1] : 0.0;
+  c.committed = static_cast<bool*>(committed.mutable_data_ptr());
+  c.count = static_cast<int64_t*>(count.mutable_data_ptr()), c.left = static_cast<int64_t*>(left.mutable_data_ptr());
+  return c;
 }
 
 }  // namespace unmask

@@ -49,7 +49,7 @@ inline StatsInputs read_stats_inputs(const Checker& check, const Tensor& logits,
   StatsInputs a{};
   const ScalarType type = logits.scalar_type();
   a.logits = logits.const_data_ptr();
-  a.type = type == ScalarType::Float ? LogitType::f32 : type == ScalarType::BFloat16 ? LogitType::bf16 : LogitType::f16;
+  a.type = type == ScalarType::Float ? FloatType::f32 : type == ScalarType::BFloat16 ? FloatType::bf16 : FloatType::f16;
   a.row_stride = logits.stride(0);
   a.col_stride = logits.size(1) == 1 ? 1 : logits.stride(1);
   a.offset = offset;

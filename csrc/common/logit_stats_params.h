@@ -2,18 +2,17 @@
 #pragma once
 #include <cstdint>
 
+#include "common/float_type.h"
 #include "common/online.h"
 
 namespace unmask {
 
 constexpr int kStatsFields = 6;  // p, p1, p2, entropy, logsumexp, 1 - p
 
-enum class LogitType : int32_t { f32, bf16, f16 };
-
 // Ids [offset, offset + count) of the vocabulary; offset is a multiple of kStatsChunk.
 struct StatsInputs {
   const void* logits;
-  LogitType type;
+  FloatType type;
   int64_t row_stride, col_stride;  // elements
   int64_t offset, count, vocab;
   const int64_t* bias_ids;  // [T', n_bias]

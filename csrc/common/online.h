@@ -1,14 +1,14 @@
 // The running state of the logit statistics and its merges: plain data, one header for the CPU (every ISA) and CUDA.
 //
 // Work is cut into chunks of kStatsChunk ids. Each chunk yields a shifted triple over the ids that are in the softmax,
-//   m = max x,  n = how many ids sit at m,  r = sum of e^(x-m) over the others,  t = sum (x-m) e^(x-m)
+//   m = max x,  r = sum of e^(x-m) over all ids but one at m,  t = sum (x-m) e^(x-m)
 // and candidates ordered by (value desc, id asc). Chunks fold into the state strictly left to right from the empty
-// sum, so any tiling at multiples of kStatsChunk gives the same bits as one pass. Then with M, N, R, T of the whole row
-// and S = N + R
-//   logsumexp = M + ln S,  p(x) = e^(x-M) / S,  entropy = ln S - T/S,  1 - p(M) = (N - 1 + R) / S.
-// N and R are kept apart because models are often sure: beside a 1, fp32 loses whatever is below 6e-8, and positions
+// sum, so any tiling at multiples of kStatsChunk gives the same bits as one pass. Then with M, R, T of the whole row and
+// S = 1 + R
+//   logsumexp = M + ln S,  p(x) = e^(x-M) / S,  entropy = ln S - T/S,  1 - p(M) = R / S.
+// The 1 stays out of the sum because models are often sure: beside it fp32 loses whatever is below 6e-8, and positions
 // that all read p = 1 could no longer be ordered. Apart, 1 - p, ln p and the entropy keep their relative precision.
-// +inf: M = +inf, N = how many ids sit there, R = T = 0; the same formulas then give p = 1/N, entropy = ln N,
+// +inf: M = +inf, R = how many more ids sit there, T = 0; the same formulas then give p = 1/k, entropy = ln k,
 // logsumexp = +inf, provided that x - M is taken as 0 where x == M (shifted() below).
 #pragma once
 #include <cstdint>
@@ -27,12 +27,12 @@ UNMASK_HD float quiet_nan() { return float_of_bits(0x7FC00000u); }
 
 // ---- sums ---------------------------------------------------------------------------------------------------------
 struct SumExp {
-  float m, n, r, t;  // empty: {-inf, 0, 0, 0}
+  float m, r, t;  // empty: m = -inf, and the others then mean nothing
 
-  UNMASK_HD float total() const { return n + r; }
+  UNMASK_HD float total() const { return 1.0f + r; }
 };
 
-UNMASK_HD SumExp empty_sum() { return {neg_inf(), 0.0f, 0.0f, 0.0f}; }
+UNMASK_HD SumExp empty_sum() { return {neg_inf(), 0.0f, 0.0f}; }
 UNMASK_HD float shifted(float x, float m) { return x == m ? 0.0f : x - m; }
 
 // a is left of b. Exactly one of the two factors is 1, so the merge rounds the other side only.
@@ -42,13 +42,12 @@ UNMASK_HD SumExp merge_sum(const SumExp& a, const SumExp& b) {
   const bool left =
       a.m >=
       b.m;  // which side holds the maximum (fields, not references: those would send both to local memory on CUDA)
-  const SumExp hi = {left ? a.m : b.m, left ? a.n : b.n, left ? a.r : b.r, left ? a.t : b.t};
-  const SumExp lo = {left ? b.m : a.m, left ? b.n : a.n, left ? b.r : a.r, left ? b.t : a.t};
-  if (lo.m == hi.m) return {hi.m, hi.n + lo.n, hi.r + lo.r, hi.t + lo.t};
-  const float d = lo.m - hi.m, s = lo.total();
+  const SumExp hi = {left ? a.m : b.m, left ? a.r : b.r, left ? a.t : b.t};
+  const SumExp lo = {left ? b.m : a.m, left ? b.r : a.r, left ? b.t : a.t};
+  const float d = shifted(lo.m, hi.m), s = lo.total();
   const float e = exp_neg(d);  // 0 when hi.m is +inf and lo.m is not: then the low side is dropped whole (no -inf * 0)
   if (e == 0.0f) return hi;
-  return {hi.m, hi.n, UNMASK_FMA(e, s, hi.r), UNMASK_FMA(e, UNMASK_FMA(d, s, lo.t), hi.t)};
+  return {hi.m, UNMASK_FMA(e, s, hi.r), UNMASK_FMA(e, UNMASK_FMA(d, s, lo.t), hi.t)};
 }
 
 // ---- candidates ---------------------------------------------------------------------------------------------------
@@ -102,7 +101,7 @@ struct StatsState {
   Cand top[kTopMax];  // best candidates (not suppressed, not forbidden, above -inf), best first
 };
 constexpr int64_t kStateWords = sizeof(StatsState) / 4;
-static_assert(sizeof(StatsState) == 26 * 4, "state words are part of the interface");
+static_assert(sizeof(StatsState) == 25 * 4, "state words are part of the interface");
 
 UNMASK_HD void reset_state(StatsState* st, int kept) {
   st->next = 0;
@@ -133,12 +132,12 @@ UNMASK_HD float probability(float x, const SumExp& sum) { return exp_neg(shifted
 
 // 1 - p(x). Only an id at the maximum can be near 1, where p itself has lost the digits.
 UNMASK_HD float probability_of_others(float x, const SumExp& sum) {
-  return x == sum.m ? (sum.n - 1.0f + sum.r) / sum.total() : 1.0f - probability(x, sum);
+  return x == sum.m ? sum.r / sum.total() : 1.0f - probability(x, sum);
 }
 
 // ln S, to full relative precision near S = 1 too
 UNMASK_HD float log_total(const SumExp& sum) {
-  return sum.n == 1.0f && sum.r < 0.4f ? log_reduced(sum.r, 0.0f) : log_positive(sum.total());
+  return sum.r < 0.4f ? log_reduced(sum.r, 0.0f) : log_positive(sum.total());
 }
 
 UNMASK_HD EntryStats finish_stats(const StatsState& st) {

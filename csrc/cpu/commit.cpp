@@ -18,56 +18,6 @@ namespace {
 constexpr int64_t kInline = 128;  // candidates per entry without heap
 constexpr int64_t kParallelFrom = 4096;  // candidates per thread: ~100 us of sorting
 
-template <class T>
-struct Strided {
-  T* data = nullptr;
-  int64_t stride = 0;
-  T& operator[](int64_t i) const { return data[i * stride]; }
-  explicit operator bool() const { return data != nullptr; }
-};
-
-template <class T>
-Strided<const T> reading(const Tensor& t) {
-  return {static_cast<const T*>(t.const_data_ptr()), t.size(0) ? t.stride(0) : 0};
-}
-template <class T>
-Strided<const T> reading(const std::optional<Tensor>& t) {
-  return t ? reading<T>(*t) : Strided<const T>{};
-}
-
-// float32 or float64, read as double
-struct Reals {
-  const void* data = nullptr;
-  int64_t stride = 0;
-  bool wide = false;
-  double operator[](int64_t i) const {
-    return wide ? static_cast<const double*>(data)[i * stride]
-                : static_cast<double>(static_cast<const float*>(data)[i * stride]);
-  }
-};
-
-Reals reading_reals(const Tensor& t) {
-  return {t.const_data_ptr(), t.size(0) ? t.stride(0) : 0, shim_dtype(t) == shim_codes().float64};
-}
-
-struct Commit {
-  int64_t* canvas;
-  bool* masked;
-  int64_t canvas_stride[2], masked_stride[2], rows, length, candidates;
-  Strided<const int64_t> cu, row, pos, token, quota;
-  Strided<const float> cost;
-  Reals score, threshold;
-  Strided<const bool> eligible, editable;
-  Strided<int32_t> status;
-  int64_t rule;
-  double param, edit_threshold;
-  bool* committed;
-  int64_t *count, *left;
-
-  int64_t& canvas_at(int64_t r, int64_t p) const { return canvas[r * canvas_stride[0] + p * canvas_stride[1]]; }
-  bool& masked_at(int64_t r, int64_t p) const { return masked[r * masked_stride[0] + p * masked_stride[1]]; }
-};
-
 struct Item {
   double score, cost;
   int64_t pos, token, index;
@@ -89,7 +39,7 @@ int64_t keep_best_per_position(Item* items, int64_t n) {
 }
 
 // `values` has room for n numbers.
-int64_t how_many(const Commit& c, int64_t entry, const Item* items, int64_t n, double* values) {
+int64_t how_many(const CommitParams& c, int64_t entry, const Item* items, int64_t n, double* values) {
   if (c.rule == kRuleQuota) return std::min(c.quota[entry], n);
   const bool by_cost = c.rule == kRuleEntropyBound;
   for (int64_t i = 0; i < n; ++i) values[i] = by_cost ? items[i].cost : items[i].score;
@@ -105,18 +55,15 @@ int64_t how_many(const Commit& c, int64_t entry, const Item* items, int64_t n, d
 }
 
 // Status bits that stop an entry before anything is read through its positions.
-int32_t entry_fault(const Commit& c, int64_t entry, int64_t begin, int64_t end, int64_t row) {
-  if (row < 0 || row >= c.rows) return kStatusBadRow;
+int32_t entry_fault(const CommitParams& c, int64_t entry, int64_t begin, int64_t end, int64_t row) {
+  if (!row_fits(c, row)) return kStatusBadRow;
   for (int64_t i = begin; i < end; ++i)
     if (c.pos[i] < 0 || c.pos[i] >= c.length) return kStatusBadSlot;
-  if (c.rule == kRuleQuota && c.quota[entry] < 0) return kStatusBadSegment;
-  if ((c.rule == kRuleThreshold || c.rule == kRuleThresholdStrict) && c.threshold[entry] != c.threshold[entry])
-    return kStatusNaNScore;
-  return kStatusOk;
+  return rule_fault(c, entry);
 }
 
 // One entry with valid bounds; `room` items and values. Returns status bits.
-int32_t commit_entry(const Commit& c, int64_t entry, int64_t begin, int64_t end, Item* items, double* values) {
+int32_t commit_entry(const CommitParams& c, int64_t entry, int64_t begin, int64_t end, Item* items, double* values) {
   const int64_t row = c.row[entry];
   if (row == -1) return kStatusOk;
   int32_t bits = entry_fault(c, entry, begin, end, row);
@@ -130,7 +77,7 @@ int32_t commit_entry(const Commit& c, int64_t entry, int64_t begin, int64_t end,
     const bool masked = c.masked_at(row, pos);
     const bool wanted = masked ? !c.eligible || c.eligible[i] : c.editable && c.editable[i];
     if (!wanted || token < 0) continue;
-    const double score = c.score[i], cost = c.rule == kRuleEntropyBound ? static_cast<double>(c.cost[i]) : 0.0;
+    const double score = c.score[i], cost = c.cost_of(i);
     if (score != score || (masked && cost != cost)) {
       bits |= kStatusNaNScore;
     } else if (masked) {
@@ -163,7 +110,7 @@ int32_t commit_entry(const Commit& c, int64_t entry, int64_t begin, int64_t end,
 }
 
 // Entries [first, last); `from[b]` is the lowest candidate that entry b may own (what earlier entries claimed ends there).
-void commit_entries(const Commit& c, int64_t first, int64_t last, const Strided<const int64_t>& from) {
+void commit_entries(const CommitParams& c, int64_t first, int64_t last, const Strided<const int64_t>& from) {
   Item inline_items[kInline];
   double inline_values[kInline];
   std::vector<Item> items;
@@ -196,21 +143,8 @@ std::tuple<Tensor, Tensor, Tensor> commit(Tensor canvas, Tensor masked, const Te
   Tensor count = empty<1>({batch}, ScalarType::Long);
   Tensor left = empty<1>({batch}, ScalarType::Long);
 
-  Commit c{};
-  c.canvas = static_cast<int64_t*>(canvas.mutable_data_ptr()), c.masked = static_cast<bool*>(masked.mutable_data_ptr());
-  for (int i = 0; i < 2; ++i) c.canvas_stride[i] = canvas.stride(i), c.masked_stride[i] = masked.stride(i);
-  c.rows = canvas.size(0), c.length = canvas.size(1), c.candidates = n;
-  c.cu = reading<int64_t>(cu), c.row = reading<int64_t>(row), c.pos = reading<int64_t>(pos),
-  c.token = reading<int64_t>(token);
-  c.quota = reading<int64_t>(quota), c.score = reading_reals(score), c.cost = reading<float>(cost);
-  if (threshold) c.threshold = reading_reals(*threshold);
-  c.eligible = reading<bool>(eligible), c.editable = reading<bool>(editable);
-  if (status) c.status = {static_cast<int32_t*>(status->mutable_data_ptr()), batch ? status->stride(0) : 0};
-  c.rule = rule;
-  c.param = params.empty() ? 0.0 : params[0];
-  c.edit_threshold = params.size() > 1 ? params[1] : 0.0;
-  c.committed = static_cast<bool*>(committed.mutable_data_ptr());
-  c.count = static_cast<int64_t*>(count.mutable_data_ptr()), c.left = static_cast<int64_t*>(left.mutable_data_ptr());
+  const CommitParams c = commit_params(canvas, masked, cu, row, pos, token, score, cost, eligible, editable, rule,
+                                       params, quota, threshold, status, committed, count, left);
   std::fill_n(c.committed, n, false);
 
   // cu must rise: an entry may not reach back into candidates before the highest bound seen so far.

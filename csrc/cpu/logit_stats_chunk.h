@@ -5,8 +5,6 @@
 // to be copied to fp32 is read through EvenOdd if its logits were bf16, so that it is summed in the order, and to the
 // bits, of the chunk in place.
 #pragma once
-#include <cmath>
-
 #include "common/online.h"
 #include "cpu/vec.h"
 
@@ -143,8 +141,9 @@ UNMASK_INLINE float max_of(const float* lanes) {
 // operations, and interleaved in program order the chains keep both ports busy even with half a scheduler (a busy
 // sibling hyperthread). d is clamped, not masked: e is then exactly 0 and so is its share of t.
 #define UNMASK_EACH for (int u = 0; u < U; ++u)
-template <int U>
-UNMASK_INLINE void exp_steps(const vf* x, vf m, vf* s, vf* r_sum, vf* t) {
+// kApart: an id at the maximum, where d = 0, stays out of the sum.
+template <int U, bool kApart>
+UNMASK_INLINE void exp_steps(const vf* x, vf m, vf* s, vf* t) {
   vf d[U], z[U], r[U], q[U];
   UNMASK_EACH d[u] = vsub(x[u], m);
   UNMASK_EACH d[u] = vmax(vset(kExpMin), d[u]);  // NaN stays NaN
@@ -157,8 +156,7 @@ UNMASK_INLINE void exp_steps(const vf* x, vf m, vf* s, vf* r_sum, vf* t) {
   UNMASK_EACH q[u] = vfma(q[u], r[u], vset(kExpC1));
   UNMASK_EACH q[u] = vfma(q[u], r[u], vset(1.0f));
   UNMASK_EACH q[u] = vmul(q[u], vshl23(z[u]));
-  UNMASK_EACH s[u] = vadd(s[u], q[u]);
-  UNMASK_EACH r_sum[u] = vadd_where_nonzero(r_sum[u], q[u], d[u]);
+  UNMASK_EACH s[u] = kApart ? vadd_where_nonzero(s[u], q[u], d[u]) : vadd(s[u], q[u]);
   UNMASK_EACH t[u] = vfma(d[u], q[u], t[u]);
 }
 #undef UNMASK_EACH
@@ -172,34 +170,40 @@ constexpr int kChains = 2;  // 16 registers
 // Each accumulator takes 64 terms before it is added to a second one: equal logits would else round the same way up to
 // 1,024 times. Meanwhile the next chunk, kStatsChunk ids further, is prefetched: pass 1 of the next chunk then starts
 // with a warm cache.
-template <class T>
-UNMASK_INLINE SumExp chunk_sum(const T* x, int n, float m) {
+template <bool kApart, class T>
+UNMASK_INLINE SumExp chunk_sums(const T* x, int n, float m) {
   const vf vm = vset(m);
-  vf s[kChains], r[kChains], t[kChains], v[kChains], sum = vset(0.0f), rsum = vset(0.0f), tsum = vset(0.0f);
+  vf s[kChains], t[kChains], v[kChains], sum = vset(0.0f), tsum = vset(0.0f);
   const char* ahead = reinterpret_cast<const char*>(x) + kStatsChunk * sizeof(T);
   constexpr int kIds = kChains * kW, kBytes = kIds * static_cast<int>(sizeof(T));
   for (int i = 0; i < n;) {
     const int stop = i + 64 * kIds < n ? i + 64 * kIds : n;
-    for (int u = 0; u < kChains; ++u) s[u] = r[u] = t[u] = vset(0.0f);
+    for (int u = 0; u < kChains; ++u) s[u] = t[u] = vset(0.0f);
     for (; i + kIds <= stop; i += kIds, ahead += kBytes) {
       for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead + line, 0, 3);
       for (int u = 0; u < kChains; u += 2) load_pair(x + i + u * kW, &v[u], &v[u + 1]);
-      exp_steps<kChains>(v, vm, s, r, t);
+      exp_steps<kChains, kApart>(v, vm, s, t);
     }
     for (; i < stop; i += kPair) {
       if (i + kPair <= n) load_pair(x + i, &v[0], &v[1]);
       else load_pair_n(x + i, n - i, &v[0], &v[1]);
-      exp_steps<2>(v, vm, s, r, t);
+      exp_steps<2, kApart>(v, vm, s, t);
     }
     for (int u = 0; u < kChains; u += 2) {
       sum = vadd(sum, vadd(s[u], s[u + 1]));
-      rsum = vadd(rsum, vadd(r[u], r[u + 1]));
       tsum = vadd(tsum, vadd(t[u], t[u + 1]));
     }
   }
-  const float rest = vreduce_add(rsum);
-  return {m, std::nearbyint(vreduce_add(sum) - rest), rest,
-          vreduce_add(tsum)};  // both sums are off by far less than 1/2
+  const float total = vreduce_add(sum);
+  return {m, kApart ? total : total - 1.0f, vreduce_add(tsum)};
+}
+
+// All ids, then minus the 1 at the maximum: exact enough while the rest is at least half of it. A chunk whose maximum stands out is
+// summed once more without it (never two ids at the maximum: then the rest is at least 1).
+template <class T>
+UNMASK_INLINE SumExp chunk_sum(const T* x, int n, float m) {
+  const SumExp sum = chunk_sums<false>(x, n, m);
+  return sum.r < 0.5f ? chunk_sums<true>(x, n, m) : sum;
 }
 
 // m is -inf or +inf, or NaN: nothing finite decides. Counts the ids at +inf; a NaN gives r = NaN.
@@ -211,7 +215,7 @@ SumExp chunk_sum_infinite(const T* x, int n, float m) {
     nans += v != v;
     infs += v == pos_inf();
   }
-  return {m, static_cast<float>(infs), nans > 0 ? quiet_nan() : 0.0f, 0.0f};
+  return {m, nans > 0 ? quiet_nan() : static_cast<float>(infs - 1), 0.0f};
 }
 
 template <class T>

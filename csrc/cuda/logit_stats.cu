@@ -42,7 +42,7 @@ IdSet id_set(const OptTensor& t) {
 
 unsigned blocks_for(int64_t warps) { return static_cast<unsigned>((warps + kWarpsPerBlock - 1) / kWarpsPerBlock); }
 
-template <LogitType kType>
+template <FloatType kType>
 void launch_scan(const StatsJob& job, const Launch& launch) {
   const unsigned blocks = blocks_for(job.entries * job.groups);
   if (job.in.temperature > 0.0f) stats_scan<kType, true><<<blocks, kWarpsPerBlock * 32, 0, launch.stream>>>(job);
@@ -52,9 +52,9 @@ void launch_scan(const StatsJob& job, const Launch& launch) {
 
 void launch_scan_typed(const StatsJob& job, const Launch& launch, const char* op) {
   switch (job.in.type) {
-    case LogitType::f32: return launch_scan<LogitType::f32>(job, launch);
-    case LogitType::bf16: return launch_scan<LogitType::bf16>(job, launch);
-    case LogitType::f16: return launch_scan<LogitType::f16>(job, launch);
+    case FloatType::f32: return launch_scan<FloatType::f32>(job, launch);
+    case FloatType::bf16: return launch_scan<FloatType::bf16>(job, launch);
+    case FloatType::f16: return launch_scan<FloatType::f16>(job, launch);
   }
   fail_must_be(op, "logits", "float32, bfloat16 or float16",
                "dtype code " + std::to_string(static_cast<int>(job.in.type)));

@@ -17,14 +17,12 @@
 // cannot win.
 #pragma once
 #include "common/logit_stats_params.h"
-#include "common/online.h"
 #include "common/philox.h"
-#include "cuda/common/warp.cuh"
+#include "cuda/common/elements.cuh"
 
 namespace unmask::cuda {
 
 constexpr int kWarpsPerBlock = 4;
-constexpr int kRun = 8;  // neighbouring ids of a lane
 constexpr int kSliceIds = 512;  // 2 runs a lane
 constexpr int kSliceValues = 16;
 constexpr int kSlices = static_cast<int>(kStatsChunk) / kSliceIds;
@@ -61,49 +59,19 @@ UNMASK_DEVICE int64_t row_of(const StatsJob& job, int64_t entry) {
 UNMASK_DEVICE bool row_exists(const StatsJob& job, int64_t row) { return row >= 0 && row < job.n_rows; }
 
 // ---- loads --------------------------------------------------------------------------------------------------------
-template <LogitType> struct Logit;
-template <> struct Logit<LogitType::f32> {
-  using Bits = uint32_t;
-  static constexpr Bits kNegInf = 0xFF800000u;
-  static UNMASK_DEVICE float value(Bits b) { return float_of_bits(b); }
-};
-template <> struct Logit<LogitType::bf16> {
-  using Bits = uint16_t;
-  static constexpr Bits kNegInf = 0xFF80u;
-  static UNMASK_DEVICE float value(Bits b) { return float_of_bits(static_cast<uint32_t>(b) << 16); }
-};
-template <> struct Logit<LogitType::f16> {
-  using Bits = uint16_t;
-  static constexpr Bits kNegInf = 0xFC00u;
-  static UNMASK_DEVICE float value(Bits b) { return float_of_half(b); }
-};
-
-// 8 neighbouring logits as they lie in memory.
-template <LogitType kType>
-struct Run {
-  static constexpr int kVecs = static_cast<int>(sizeof(typename Logit<kType>::Bits)) * kRun / 16;
-  Vec16 v[kVecs];
-
-  UNMASK_DEVICE float get(int k) const {
-    if constexpr (kType == LogitType::f32) return Logit<kType>::value(v[k / 4].w[k % 4]);
-    else return Logit<kType>::value(static_cast<uint16_t>(v[0].w[k / 2] >> (k % 2 * 16)));
-  }
-};
-
 // Columns [i, i + 8) of a row; columns at or beyond `count` read as -inf.
-template <LogitType kType>
-UNMASK_DEVICE Run<kType> load_run(const typename Logit<kType>::Bits* row, int64_t stride, bool dense, int64_t i,
+template <FloatType kType>
+UNMASK_DEVICE Run<kType> load_run(const typename Element<kType>::Bits* row, int64_t stride, bool dense, int64_t i,
                                   int64_t count) {
   Run<kType> r;
   if (dense && i + kRun <= count) {
-#pragma unroll
-    for (int q = 0; q < Run<kType>::kVecs; ++q) r.v[q] = load16(row + i + q * (kRun / Run<kType>::kVecs));
+    r.load_constant(row + i);
     return r;
   }
 #pragma unroll
   for (int k = 0; k < kRun; ++k) {
-    const uint32_t bits = i + k < count ? row[(i + k) * stride] : Logit<kType>::kNegInf;
-    if constexpr (kType == LogitType::f32) r.v[k / 4].w[k % 4] = bits;
+    const uint32_t bits = i + k < count ? row[(i + k) * stride] : Element<kType>::kNegInf;
+    if constexpr (kType == FloatType::f32) r.v[k / 4].w[k % 4] = bits;
     else if (k % 2 == 0) r.v[0].w[k / 2] = bits;
     else r.v[0].w[k / 2] |= bits << 16;
   }
@@ -113,9 +81,9 @@ UNMASK_DEVICE Run<kType> load_run(const typename Logit<kType>::Bits* row, int64_
 UNMASK_DEVICE float load_logit(const StatsInputs& in, int64_t row, int64_t column) {
   const int64_t i = row * in.row_stride + column * in.col_stride;
   switch (in.type) {
-    case LogitType::f32: return Logit<LogitType::f32>::value(static_cast<const uint32_t*>(in.logits)[i]);
-    case LogitType::bf16: return Logit<LogitType::bf16>::value(static_cast<const uint16_t*>(in.logits)[i]);
-    case LogitType::f16: return Logit<LogitType::f16>::value(static_cast<const uint16_t*>(in.logits)[i]);
+    case FloatType::f32: return Element<FloatType::f32>::value(static_cast<const uint32_t*>(in.logits)[i]);
+    case FloatType::bf16: return Element<FloatType::bf16>::value(static_cast<const uint16_t*>(in.logits)[i]);
+    case FloatType::f16: return Element<FloatType::f16>::value(static_cast<const uint16_t*>(in.logits)[i]);
   }
   return quiet_nan();
 }
@@ -324,11 +292,11 @@ struct LaneSample {
 };
 
 // ---- first launch: every group of chunks on its own ---------------------------------------------------------------
-template <LogitType kType, bool kSampled>
+template <FloatType kType, bool kSampled>
 struct GroupScan {
   const StatsJob& job;
   int64_t entry;
-  const typename Logit<kType>::Bits* row;
+  const typename Element<kType>::Bits* row;
   uint32_t *forbid_marks, *suppress_marks;
   NoiseKey key = {0, 0, 0};
   TopList top;
@@ -341,7 +309,7 @@ struct GroupScan {
   }
 
   UNMASK_DEVICE SumExp chunk(int64_t first) {
-    constexpr int kAhead = kType == LogitType::f32 ? 1 : 2;  // slices in flight: 16 registers, 2 KB a warp
+    constexpr int kAhead = kType == FloatType::f32 ? 1 : 2;  // slices in flight: 16 registers, 2 KB a warp
     Run<kType> next[kAhead][2];
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
@@ -380,11 +348,11 @@ struct GroupScan {
       }
     }
     nan = nan || sum.nan || sum.r != sum.r;
-    return {sum.m, warp_sum(sum.n), warp_sum(sum.r), warp_sum(sum.t)};
+    return {sum.m, warp_sum(sum.n) - 1.0f + warp_sum(sum.r), warp_sum(sum.t)};
   }
 };
 
-template <LogitType kType, bool kSampled>
+template <FloatType kType, bool kSampled>
 UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, kSampled ? 4 : 5)
 stats_scan(const StatsJob job) {
   __shared__ uint32_t marks[kWarpsPerBlock][2][kMarkWords];
@@ -397,7 +365,7 @@ stats_scan(const StatsJob job) {
     return;  // stats_fold writes the outputs of such an entry without reading any partial result
   const StatsInputs& in = job.in;
   GroupScan<kType, kSampled> scan{job, entry,
-                                  static_cast<const typename Logit<kType>::Bits*>(in.logits) + row * in.row_stride,
+                                  static_cast<const typename Element<kType>::Bits*>(in.logits) + row * in.row_stride,
                                   marks[warp][0], marks[warp][1]};
   if constexpr (kSampled) {
     scan.key = {static_cast<uint64_t>(in.seed[entry * in.seed_stride]),

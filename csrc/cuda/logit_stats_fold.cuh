@@ -18,7 +18,7 @@ struct WarpState {
 struct StateRow {
   int32_t* words;
   int64_t stride;
-  static constexpr int kSum = 3, kSample = 7, kTop = 10;  // first words; tests compare them with StatsState
+  static constexpr int kSum = 3, kSample = 6, kTop = 9;  // first words; tests compare them with StatsState
 
   UNMASK_DEVICE int32_t word(int i) const { return words[i * stride]; }
   UNMASK_DEVICE float value(int i) const { return float_of_bits(static_cast<uint32_t>(word(i))); }
@@ -30,7 +30,7 @@ struct StateRow {
     st.next = word(0);
     st.kept = word(1);
     st.status = word(2);
-    st.sum = {value(kSum), value(kSum + 1), value(kSum + 2), value(kSum + 3)};
+    st.sum = {value(kSum), value(kSum + 1), value(kSum + 2)};
     st.sample = {value(kSample), word(kSample + 1), value(kSample + 2)};
     if (lane_id() < kTopMax) {
       st.top.v = value(kTop + 2 * lane_id());
@@ -47,9 +47,8 @@ struct StateRow {
       set(1, st.kept);
       set(2, st.status);
       set(kSum, st.sum.m);
-      set(kSum + 1, st.sum.n);
-      set(kSum + 2, st.sum.r);
-      set(kSum + 3, st.sum.t);
+      set(kSum + 1, st.sum.r);
+      set(kSum + 2, st.sum.t);
       set(kSample, st.sample.score);
       set(kSample + 1, st.sample.id);
       set(kSample + 2, st.sample.x);
@@ -105,8 +104,7 @@ UNMASK_DEVICE void fold_partials(const StatsJob& job, int64_t entry, WarpState* 
     if (c + lane < job.chunks) mine = job.sums[local * job.chunks + c + lane];
     const int n = job.chunks - c < 32 ? static_cast<int>(job.chunks - c) : 32;
     for (int i = 0; i < n; ++i)
-      st->sum =
-          merge_sum(st->sum, {warp_get(mine.m, i), warp_get(mine.n, i), warp_get(mine.r, i), warp_get(mine.t, i)});
+      st->sum = merge_sum(st->sum, {warp_get(mine.m, i), warp_get(mine.r, i), warp_get(mine.t, i)});
   }
   // Candidates: each lane offers the best that is left in its group's list; 32 groups, whose ids rise, at a time.
   uint32_t status = 0;

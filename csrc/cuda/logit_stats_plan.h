@@ -30,7 +30,7 @@ inline StatsPlan plan_stats(int64_t entries, int64_t count) {
 
 // Rows start at multiples of 16 bytes and hold neighbouring ids.
 inline bool can_load_dense(const StatsInputs& in) {
-  const int64_t size = in.type == LogitType::f32 ? 4 : 2;
+  const int64_t size = in.type == FloatType::f32 ? 4 : 2;
   return in.col_stride == 1 && reinterpret_cast<uintptr_t>(in.logits) % 16 == 0 && in.row_stride * size % 16 == 0;
 }
 

@@ -2,12 +2,12 @@
 //
 // Per chunk of kStatsChunk = 4,096 ids (8 KB bf16, 16 KB fp32: stays in L1/L2), with m the chunk's maximum:
 //   pass 1  lane maxima (logit_stats_chunk.h); a NaN loses, on purpose
-//   pass 2  e = exp_neg(x - m), s += e, r += e where x != m, t += (x - m) e: 16 vector operations; a NaN anywhere makes
-//           r NaN, and s - r, rounded, is the number of ids at m
+//   pass 2  e = exp_neg(x - m), s += e, t += (x - m) e: 14 vector operations; a NaN anywhere makes s NaN. A chunk whose
+//           maximum stands out (s < 1.5) is summed again without it
 //   scan    only if m beats the worst candidate kept so far: ids above both that and the k-th largest lane maximum
 //   noise   only if temperature > 0: Philox words, then a bound on the noise that costs 6 operations; the two logarithms
 //           run only for vectors where the bound could win
-// then the chunk's (m, n, r, t) merges into the running state. Bytes: V x sizeof(dtype) per row; about 12 FLOP an id.
+// then the chunk's (m, r, t) merges into the running state. Bytes: V x sizeof(dtype) per row; about 12 FLOP an id.
 // Memory-bound when the rows come from DRAM.
 //
 // Chunks that hold suppressed, biased or forbidden ids, or lie in memory with a column stride, are copied to a 16 KB
@@ -239,9 +239,9 @@ int32_t at_ids(const StatsArgs& a, int64_t entry, int64_t row, float* out, int64
 void stats_fold(const StatsArgs& args, int64_t entry, int64_t row, int64_t chunk_begin, int64_t chunk_end,
                 StatsState* state) {
   switch (args.type) {
-    case LogitType::f32: return fold<float>(args, entry, row, chunk_begin, chunk_end, state);
-    case LogitType::bf16: return fold<bf16>(args, entry, row, chunk_begin, chunk_end, state);
-    case LogitType::f16: return fold<fp16>(args, entry, row, chunk_begin, chunk_end, state);
+    case FloatType::f32: return fold<float>(args, entry, row, chunk_begin, chunk_end, state);
+    case FloatType::bf16: return fold<bf16>(args, entry, row, chunk_begin, chunk_end, state);
+    case FloatType::f16: return fold<fp16>(args, entry, row, chunk_begin, chunk_end, state);
   }
 }
 
@@ -254,9 +254,9 @@ void stats_merge(StatsState* into, const StatsState* right) {
 
 int32_t stats_at_ids(const StatsArgs& args, int64_t entry, int64_t row, float* out, int64_t stride) {
   switch (args.type) {
-    case LogitType::f32: return at_ids<float>(args, entry, row, out, stride);
-    case LogitType::bf16: return at_ids<bf16>(args, entry, row, out, stride);
-    case LogitType::f16: return at_ids<fp16>(args, entry, row, out, stride);
+    case FloatType::f32: return at_ids<float>(args, entry, row, out, stride);
+    case FloatType::bf16: return at_ids<bf16>(args, entry, row, out, stride);
+    case FloatType::f16: return at_ids<fp16>(args, entry, row, out, stride);
   }
   return 0;
 }

@@ -34,8 +34,8 @@ class Launch {
 
   // After each <<<>>>: a bad configuration, or an error that an earlier kernel left, under the op's name. No
   // synchronisation.
-  void check() const {
-    const cudaError_t error = cudaGetLastError();
+  void check() const { check(cudaGetLastError()); }
+  void check(cudaError_t error) const {
     if (error != cudaSuccess) fail(op_, std::string("CUDA launch failed: ") + cudaGetErrorString(error));
   }
 

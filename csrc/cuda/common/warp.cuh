@@ -50,10 +50,19 @@ UNMASK_DEVICE Vec16 load16(const void* p) {
   return v;
 }
 
+// The same for memory that this kernel writes.
+UNMASK_DEVICE Vec16 load16_mutable(const void* p) { return *static_cast<const Vec16*>(p); }
+UNMASK_DEVICE void store16(void* p, const Vec16& v) { *static_cast<Vec16*>(p) = v; }
+
 UNMASK_DEVICE float float_of_half(uint16_t h) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
   return f;
+}
+UNMASK_DEVICE uint16_t half_of_float(float v) {
+  uint16_t h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v));
+  return h;
 }
 UNMASK_DEVICE float exp2_approx(float y) {  // 2 ulp; results below 2^-126 become 0
   float r;

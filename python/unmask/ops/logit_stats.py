@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 CHUNK = 4096  # ids reduced at once; tiles start at multiples of it (csrc/common/online.h)
-STATE_WORDS = 26  # int32 words of one entry's running state (csrc/common/online.h)
+STATE_WORDS = 25  # int32 words of one entry's running state (csrc/common/online.h)
 TOPK_MAX = 8
 FIELDS = 6  # p, p1, p2, entropy, logsumexp, p_rest
 
