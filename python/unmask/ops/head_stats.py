@@ -33,7 +33,7 @@ class Head:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[M, d] -> [M, V], materialised: for tests and for users who ask for logits; the decoder never does."""
         n = hidden.shape[0]
-        x = _padded(hidden, pad_rows(n))
+        x = self.tiles[0].prepared(_padded(hidden, pad_rows(n)))
         return torch.cat([tile(x) for tile in self.tiles], dim=1)[:n]
 
 
@@ -77,6 +77,7 @@ def head_stats(
         id_logit = torch.full((n_live, ids.shape[1]), float("-inf"), device=hidden.device)
     if n_live:
         offset = 0
+        x = head.tiles[0].prepared(x)
         for tile in head.tiles:
             logits = tile(x)[:n_live]
             stats_tile(

@@ -103,7 +103,7 @@ def _packed_product(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
 
 
 class Linear(torch.nn.Module):
-    """y = x W^T (+ bias) for x [M, K] in the model's dtype, M a multiple of ROW_MULTIPLE where row bits must not depend on the batch.
+    """y = x W^T (+ bias) for x [M, K] in the model's dtype (or `prepared`), M a multiple of ROW_MULTIPLE where row bits must not depend on the batch.
 
     weight: [N, K] in the model's dtype; it is converted to `format` and not kept. bias: [N] or None.
     """
@@ -131,8 +131,12 @@ class Linear(torch.nn.Module):
         if self.format == "packed":
             y = _packed_product(x, self._weight)
         else:
-            y = _packed_product(x.float(), self._weight).to(self.dtype)
+            y = _packed_product(self.prepared(x), self._weight).to(self.dtype)
         return y if self._bias is None else y + self._bias
+
+    def prepared(self, x: torch.Tensor) -> torch.Tensor:
+        """x as the product wants it, for callers that multiply one x by several Linears of this format: converted once."""
+        return x.float() if self.format == "packed_fp32" else x
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.dtype}, {self.format}"
