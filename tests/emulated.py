@@ -178,3 +178,21 @@ def silu_mul(gate_up: torch.Tensor, aligned: bool) -> torch.Tensor:
     if lib.emulated_silu(gate_up.data_ptr(), out.data_ptr(), gate_up.stride(0), width, _TYPES[gate_up.dtype], gate_up.shape[0], aligned) != 0:
         raise RuntimeError(lib.emulated_error().decode())
     return out
+
+
+def rope_append(q, k, v, k_cache, v_cache, row, pos, slot, v_slot, q_weight, k_weight, inv_freq, eps, status, launches: int = 1) -> torch.Tensor:
+    """The op by the CUDA kernels; caches and status are written in place. launches=2: lost writes are found in a launch before."""
+    lib = build("emulate_rope_append.cpp")
+    lib.emulated_rope_append.argtypes = [POINTER(c_void_p), POINTER(c_int64), c_float]
+    v_slot = slot if v_slot is None else v_slot
+    out = torch.full(q.shape, 777.0, dtype=q.dtype)
+    tensors = (q, k, v, out, k_cache, v_cache, row, pos, slot, v_slot, q_weight, k_weight, inv_freq, status)
+    pointers = [None if t is None else t.data_ptr() for t in tensors]
+    numbers = [*q.shape[:2], k.shape[1], q.shape[2], len(inv_freq), k_cache.shape[0], k_cache.shape[2]]
+    for t in (q, k, v, k_cache, v_cache, row, pos, slot, v_slot):
+        numbers += t.stride()
+    numbers += [0 if status is None else status.stride(0), _TYPES[q.dtype], launches == 2]
+    args = (c_void_p * len(pointers))(*pointers), (c_int64 * len(numbers))(*map(int, numbers))
+    if lib.emulated_rope_append(*args, eps) != 0:
+        raise RuntimeError(lib.emulated_error().decode())
+    return out

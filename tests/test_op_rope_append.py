@@ -351,3 +351,15 @@ def test_compiles_without_graph_breaks():
     once, twice = call.fresh(), call.fresh()
     assert torch.equal(compiled(*once.args()), ops.rope_append(*twice.args()) * 2)
     assert torch.equal(once.k_cache, twice.k_cache) and torch.equal(once.v_cache, twice.v_cache)
+
+
+def test_a_faulty_token_overwrites_nothing(threads):
+    """Of two tokens for one slot the later wins, but not if it may not be processed; at any split over threads."""
+    call = build(tokens=4000, heads=8, kv_heads=8, dim=32, rows=1, slots=4000)
+    call.slot = torch.arange(4000)
+    call.slot[3999], call.pos[3999] = 7, -1
+    threads(2)
+    got = run(call)
+    want = run(call, reference.rope_append)
+    assert_same_within_rounding(got, want, torch.float32, False)
+    assert not torch.equal(got[1][0, :, 7], call.k_cache[0, :, 7])

@@ -54,6 +54,24 @@ UNMASK_HD uint32_t bits_of_float(float f) {
   return u;
 #endif
 }
+UNMASK_HD double double_of_bits(uint64_t u) {
+#if defined(__CUDA_ARCH__)
+  return __longlong_as_double(static_cast<long long>(u));
+#else
+  double d;
+  __builtin_memcpy(&d, &u, 8);
+  return d;
+#endif
+}
+UNMASK_HD uint64_t bits_of_double(double d) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<uint64_t>(__double_as_longlong(d));
+#else
+  uint64_t u;
+  __builtin_memcpy(&u, &d, 8);
+  return u;
+#endif
+}
 
 // e^d for d <= 0 (-inf gives 0, exp_neg(0) is exactly 1, NaN stays NaN). n = -127 has scale 0, so the result
 // underflows to 0, not to a subnormal.

@@ -2,7 +2,10 @@
 #pragma once
 #include <cmath>
 
+#include <algorithm>
+
 #include "common/check.h"
+#include "common/rope_append_params.h"
 
 namespace unmask {
 
@@ -50,6 +53,36 @@ inline void check_rope_append(const Tensor& q, const Tensor& k, const Tensor& v,
   check.writable(k_cache, "k_cache");
   check.writable(v_cache, "v_cache");
   if (status) check.writable(*status, "status");
+}
+
+// After check_rope_append. weights and freq: dense; vs: v_slot, or slot; dtype as the backend's kernel names it.
+inline RopeParams rope_params(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                              const Tensor& v_cache, const Tensor& row, const Tensor& pos, const Tensor& slot,
+                              const Tensor& vs, const std::optional<Tensor>& q_weight,
+                              const std::optional<Tensor>& k_weight, const Tensor& freq, double eps,
+                              const std::optional<Tensor>& status, const Tensor& out, int64_t dtype) {
+  const auto ints = [](const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); };
+  const auto strides = [](const Tensor& t, int64_t* to) {
+    const auto from = t.strides();
+    std::copy_n(from.data(), from.size(), to);
+  };
+  RopeParams p{};
+  const auto q_sizes = q.sizes(), cache_sizes = k_cache.sizes();
+  p.tokens = q_sizes[0], p.q_heads = q_sizes[1], p.dim = q_sizes[2], p.freqs = freq.size(0);
+  p.rows = cache_sizes[0], p.kv_heads = cache_sizes[1], p.slots = cache_sizes[2];
+  p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
+  p.out = out.mutable_data_ptr(), p.k_cache = k_cache.mutable_data_ptr(), p.v_cache = v_cache.mutable_data_ptr();
+  p.row = ints(row), p.pos = ints(pos), p.slot = ints(slot), p.v_slot = ints(vs);
+  p.row_stride = row.stride(0), p.pos_stride = pos.stride(0), p.slot_stride = slot.stride(0);
+  p.v_slot_stride = vs.stride(0);
+  p.q_weight = q_weight ? q_weight->const_data_ptr() : nullptr;
+  p.k_weight = k_weight ? k_weight->const_data_ptr() : nullptr;
+  p.inv_freq = static_cast<const float*>(freq.const_data_ptr());
+  if (status) p.status = static_cast<int32_t*>(status->mutable_data_ptr()), p.status_stride = status->stride(0);
+  strides(q, p.q_stride), strides(k, p.k_stride), strides(v, p.v_stride);
+  strides(k_cache, p.k_cache_stride), strides(v_cache, p.v_cache_stride);
+  p.dtype = dtype, p.eps = static_cast<float>(eps);
+  return p;
 }
 
 }  // namespace unmask

@@ -16,14 +16,6 @@ namespace {
 
 constexpr int64_t kGrainElements = 65536;  // ~10 us of work for one thread
 
-template <size_t N>
-void copy_strides(const Tensor& t, int64_t (&out)[N]) {
-  const auto strides = t.strides();
-  for (size_t i = 0; i < N; ++i) out[i] = strides[i];
-}
-
-const int64_t* int64_data(const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); }
-
 // Marks the tokens whose write a later token of the call overwrites, so that threads never race for a slot. Empty if there are none,
 // which rows and slots in increasing order (the usual call) show without sorting.
 std::vector<uint8_t> lost_writes(const RopeParams& p, const int64_t* slot, int64_t stride) {
@@ -34,8 +26,8 @@ std::vector<uint8_t> lost_writes(const RopeParams& p, const int64_t* slot, int64
     increasing = row_of(t - 1) < row_of(t) || (row_of(t - 1) == row_of(t) && slot_of(t - 1) < slot_of(t));
   if (increasing) return {};
   std::vector<int64_t> order;
-  for (int64_t t = 0; t < p.tokens; ++t)
-    if (row_of(t) >= 0 && slot_of(t) >= 0) order.push_back(t);
+  for (int64_t t = 0; t < p.tokens; ++t)  // a token that writes nothing overwrites nothing
+    if (rope_target(p, t).live() && slot_of(t) >= 0) order.push_back(t);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
     return row_of(a) != row_of(b) ? row_of(a) < row_of(b) : slot_of(a) < slot_of(b);
   });
@@ -63,23 +55,10 @@ Tensor rope_append(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_c
   const Tensor freq = dense(inv_freq);
   const Tensor& vs = v_slot ? *v_slot : slot;
 
-  RopeParams p{};
-  const auto q_sizes = q.sizes(), cache_sizes = k_cache.sizes();
-  p.tokens = q_sizes[0], p.q_heads = q_sizes[1], p.dim = q_sizes[2], p.freqs = freq.size(0);
-  p.rows = cache_sizes[0], p.kv_heads = cache_sizes[1], p.slots = cache_sizes[2];
-  Tensor out = empty_as<3>({p.tokens, p.q_heads, p.dim}, q);
-  if (p.tokens == 0) return out;
-  p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
-  p.out = out.mutable_data_ptr(), p.k_cache = k_cache.mutable_data_ptr(), p.v_cache = v_cache.mutable_data_ptr();
-  p.row = int64_data(row), p.pos = int64_data(pos), p.slot = int64_data(slot), p.v_slot = int64_data(vs);
-  p.row_stride = row.stride(0), p.pos_stride = pos.stride(0), p.slot_stride = slot.stride(0),
-  p.v_slot_stride = vs.stride(0);
-  p.q_weight = qw ? qw->const_data_ptr() : nullptr, p.k_weight = kw ? kw->const_data_ptr() : nullptr;
-  p.inv_freq = static_cast<const float*>(freq.const_data_ptr());
-  if (status) p.status = static_cast<int32_t*>(status->mutable_data_ptr()), p.status_stride = status->stride(0);
-  copy_strides(q, p.q_stride), copy_strides(k, p.k_stride), copy_strides(v, p.v_stride);
-  copy_strides(k_cache, p.k_cache_stride), copy_strides(v_cache, p.v_cache_stride);
-  p.dtype = dtype_code(q), p.eps = static_cast<float>(eps);
+  Tensor out = empty_as<3>({q.size(0), q.size(1), q.size(2)}, q);
+  if (q.size(0) == 0) return out;
+  RopeParams p =
+      rope_params(q, k, v, k_cache, v_cache, row, pos, slot, vs, qw, kw, freq, eps, status, out, dtype_code(q));
 
   const int64_t per_token = std::max<int64_t>(1, (p.q_heads + 2 * p.kv_heads) * p.dim);
   const int64_t grain = (kGrainElements + per_token - 1) / per_token;

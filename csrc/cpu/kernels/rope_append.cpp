@@ -8,7 +8,7 @@
 // FLOPs: 3 per rotated element, plus ~25 double operations per angle, once per token: memory-bound. Work split: tokens.
 #include <stddef.h>
 
-#include "common/status.h"
+#include "common/rope_angle.h"
 #include "cpu/elementwise_rows.h"
 #include "cpu/rope_append_kernels.h"
 
@@ -16,50 +16,18 @@ namespace unmask::cpu::UNMASK_ISA_NS {
 namespace {
 
 // cos and sin of position * inv_freq[i], the product rounded to fp32 as the model's authors do.
-//
-// The angle a (exact in double) minus q = round(a 2/pi) quarter turns, pi/2 cut in three: the first two parts have 24 bits, so with
-// |q| < 2^29 their products and differences are exact, and the error left is about 2^-52. Then Taylor on |r| <= pi/4 (sin to
-// r^11, cos to r^12: 3e-12 and 4e-13 relative) and one rounding to fp32. Plain multiplies and adds: every ISA gives the same bits.
 UNMASK_INLINE void cos_sin(float position, const float* inv_freq, int64_t n, float* cos_out, float* sin_out) {
-  constexpr double kMagic = 0x1.8p52;  // adding it leaves round-to-nearest(q) in the low bits
   uint32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     const float angle = position * inv_freq[i];
     const uint32_t magnitude = float_to_bits(angle) & 0x7FFFFFFFu;
     largest = magnitude > largest ? magnitude : largest;
-    const double a = static_cast<double>(angle);
-    const double shifted = a * 0x1.45f306dc9c883p-1 + kMagic;
-    const double q = shifted - kMagic;
-    const double r = ((a - q * 0x1.921fb6p0) - q * -0x1.777a5cp-25) - q * -0x1.ee59d9cceba40p-50;
-    const double z = r * r;
-    double s = -1.0 / 39916800.0;
-    s = s * z + 1.0 / 362880.0;
-    s = s * z - 1.0 / 5040.0;
-    s = s * z + 1.0 / 120.0;
-    s = s * z - 1.0 / 6.0;
-    s = r + r * (z * s);
-    double c = 1.0 / 479001600.0;
-    c = c * z - 1.0 / 3628800.0;
-    c = c * z + 1.0 / 40320.0;
-    c = c * z - 1.0 / 720.0;
-    c = c * z + 1.0 / 24.0;
-    c = c * z - 0.5;
-    c = 1.0 + z * c;
-    // quarter turn 0: (c, s), 1: (-s, c), 2: (-c, -s), 3: (s, -c)
-    uint64_t turn, sb, cb;
-    __builtin_memcpy(&turn, &shifted, 8);
-    __builtin_memcpy(&sb, &s, 8);
-    __builtin_memcpy(&cb, &c, 8);
-    const uint64_t swap = (0 - (turn & 1)) & (sb ^ cb);
-    const uint64_t so = (sb ^ swap) ^ ((turn & 2) << 62), co = (cb ^ swap) ^ (((turn + 1) & 2) << 62);
-    double sv, cv;
-    __builtin_memcpy(&sv, &so, 8);
-    __builtin_memcpy(&cv, &co, 8);
-    sin_out[i] = static_cast<float>(sv);
-    cos_out[i] = static_cast<float>(cv);
+    const CosSin x = cos_sin_below_huge(angle);
+    sin_out[i] = x.s;
+    cos_out[i] = x.c;
   }
-  if (largest < 0x4D800000u) return;  // 2^28
-  for (int64_t i = 0; i < n; ++i) {  // huge, infinite or NaN angles
+  if (largest < kHugeAngle) return;
+  for (int64_t i = 0; i < n; ++i) {
     const double a = static_cast<double>(position * inv_freq[i]);
     sin_out[i] = static_cast<float>(__builtin_sin(a));
     cos_out[i] = static_cast<float>(__builtin_cos(a));
@@ -135,13 +103,6 @@ UNMASK_INLINE void rotate_any(const RopeParams& p, const T* x, const T* weight, 
   else rotate_head<T, false>(x, out, weight, p.eps, c, s, p.freqs, p.dim);
 }
 
-// The bits of a token that may not be processed, kStatusOk if it may.
-UNMASK_INLINE int32_t fault(const RopeParams& p, int64_t row, int64_t pos, int64_t slot, int64_t v_slot) {
-  if (row < 0 || row >= p.rows) return kStatusBadRow;
-  const bool bad = slot < -1 || slot >= p.slots || v_slot < -1 || v_slot >= p.slots || pos < 0;
-  return bad ? kStatusBadSlot : kStatusOk;
-}
-
 template <class T>
 void tokens(const RopeParams& p, int64_t begin, int64_t end, float* scratch) {
   float* const c = scratch;
@@ -151,15 +112,14 @@ void tokens(const RopeParams& p, int64_t begin, int64_t end, float* scratch) {
   const int64_t dim = p.dim;
   for (int64_t t = begin; t < end; ++t) {
     T* out = static_cast<T*>(p.out) + t * p.q_heads * dim;
-    const int64_t row = p.row[t * p.row_stride], pos = p.pos[t * p.pos_stride];
-    const int64_t slot = p.slot[t * p.slot_stride], v_slot = p.v_slot[t * p.v_slot_stride];
-    const int32_t bits = row == -1 ? 0 : fault(p, row, pos, slot, v_slot);
-    if (row == -1 || bits != 0) {
+    const RopeTarget at = rope_target(p, t);
+    const int64_t row = at.row, slot = at.slot, v_slot = at.v_slot;
+    if (!at.live()) {
       __builtin_memset(out, 0, static_cast<size_t>(p.q_heads * dim) * sizeof(T));
-      if (bits != 0 && p.status != nullptr) p.status[t * p.status_stride] |= bits;
+      if (at.fault != 0 && p.status != nullptr) p.status[t * p.status_stride] |= at.fault;
       continue;
     }
-    cos_sin(static_cast<float>(pos), p.inv_freq, p.freqs, c, s);
+    cos_sin(static_cast<float>(at.pos), p.inv_freq, p.freqs, c, s);
     const T* q = static_cast<const T*>(p.q) + t * p.q_stride[0];
     for (int64_t h = 0; h < p.q_heads; ++h, out += dim) {
       const T* x = gathered(q + h * p.q_stride[1], p.q_stride[2], dim, in_row);
