@@ -6,16 +6,10 @@ import pytest
 import torch
 
 from native import native
+from on_gpu import to_cuda
 from stats_cases import DTYPES, arguments, assert_same, call
 
 pytestmark = pytest.mark.usefixtures("cuda")
-
-
-def to_cuda(x):
-    if not isinstance(x, torch.Tensor):
-        return x
-    out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") if x.numel() else x.cuda()
-    return out.copy_(x)
 
 
 def on_gpu(a: dict) -> tuple[torch.Tensor, ...]:

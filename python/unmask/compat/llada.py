@@ -30,7 +30,8 @@ def generate(
 
     model: a model from `unmask.load`, or any module that returns logits [B, L, V] (or an object with `.logits`). prompt: int64 [B, P].
     attention_mask: [B, P], zeros on the left for padding. steps is the number of forwards, also when it exceeds the number of masks (the
-    surplus commits nothing, as in the authors' code). cfg_scale: logits u + (w + 1)(c - u), with the prompt masked in u.
+    surplus commits nothing, as in the authors' code). cfg_scale: logits u + (w + 1)(c - u), with the prompt masked in u
+    (combined before the head, which is linear; in bf16 that rounds once where the authors round twice, so near ties may fall otherwise).
     remasking: "low_confidence" or "random". logits_eos_inf, confidence_eos_eot_inf: as the authors' flags, the second with its quirk (at
     temperature > 0 only EoT loses its confidence). Differences: the mask token is never predicted, ties go to the lowest index, prompt
     positions never change even if they hold mask_id, and samples (temperature > 0, remasking="random") come from a counter-based

@@ -1,0 +1,205 @@
+"""Ops on a GPU beside what torch offers, interleaved in one process, with the copy bandwidth of the same run beside them.
+
+Inputs rotate over more memory than the L2 cache holds; times are CUDA events around batches of calls, medians over interleaved rounds.
+`of copy` is bytes read and written over the time, divided by the measured copy rate.
+
+    python bench/gpu_ops.py [--out bench/results]
+    python bench/gpu_ops.py --dry-run      # small shapes on the CPU, one call each: does every case run?
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import machine
+import report
+from unmask import ops
+
+ROTATE_BYTES = 256 << 20
+ROUNDS = 9
+
+
+class Case:
+    """name; bytes moved by one call; calls: label -> function of a rotation index."""
+
+    def __init__(self, name: str, moved: int, calls: dict[str, Callable[[int], object]]):
+        self.name, self.moved, self.calls = name, moved, calls
+
+
+def rotating(make: Callable[[], torch.Tensor], dry: bool) -> list[torch.Tensor]:
+    first = make()
+    copies = 1 if dry else max(2, -(-ROTATE_BYTES // max(1, first.numel() * first.element_size())))
+    return [first, *(make() for _ in range(min(copies, 64) - 1))]
+
+
+def logit_stats(rows: int, vocab: int, dry: bool, device: str) -> Case:
+    x = rotating(lambda: (torch.randn(rows, vocab, device=device) * 3).bfloat16(), dry)
+
+    def select64(i: int):
+        logits = x[i % len(x)]
+        token = logits.argmax(-1)
+        return token, torch.softmax(logits.double(), -1).gather(-1, token[:, None])
+
+    def select32(i: int):
+        logits = x[i % len(x)].float()
+        return torch.topk(logits, 2), torch.logsumexp(logits, -1)
+
+    calls = {"ours": lambda i: ops.logit_stats(x[i % len(x)]), "argmax + fp64 softmax": select64, "topk + logsumexp": select32}
+    return Case(f"logit_stats [{rows}, {vocab}] bf16", rows * vocab * 2, calls)
+
+
+def commit(rows: int, block: int, dry: bool, device: str) -> Case:
+    canvas = torch.zeros(rows, block, dtype=torch.int64, device=device)
+    cu = torch.arange(rows + 1, device=device) * block
+    row, pos = torch.arange(rows, device=device), torch.arange(block, device=device).repeat(rows)
+    token, score = torch.ones_like(pos), torch.rand(rows * block, device=device)
+    bar = torch.full((rows,), 0.9, device=device)
+    masked = torch.ones(rows, block, dtype=torch.bool, device=device)
+
+    def ours(_: int):
+        return ops.commit(canvas, masked, cu, row, pos, token, score, rule=ops.Rule.THRESHOLD, threshold=bar)
+
+    def torch_code(_: int):  # the authors' form: a loop over rows with topk and scatter
+        s = torch.where(masked, score.view(rows, block), -torch.inf)
+        keep = s >= bar[:, None]
+        keep.scatter_(1, s.argmax(1, keepdim=True), True)
+        return torch.where(keep, token.view(rows, block), canvas), masked & ~keep
+
+    return Case(f"commit {rows} x {block}", rows * block * 34, {"ours": ours, "torch.where": torch_code})
+
+
+def rope_append(tokens: int, heads: int, kv_heads: int, dry: bool, device: str) -> Case:
+    dim = 128
+    q = rotating(lambda: torch.randn(tokens, heads, dim, device=device).bfloat16(), dry)
+    k, v = (torch.randn(tokens, kv_heads, dim, device=device).bfloat16() for _ in range(2))
+    k_cache, v_cache = (torch.zeros(1, kv_heads, tokens + 512, dim, device=device, dtype=torch.bfloat16) for _ in range(2))
+    row, pos = torch.zeros(tokens, dtype=torch.int64, device=device), torch.arange(tokens, device=device)
+    freq = 10000.0 ** (-torch.arange(0, dim, 2, device=device) / dim)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        angle = torch.cat((pos[:, None] * freq, pos[:, None] * freq), -1)[:, None]
+        half = torch.cat((-x[..., dim // 2 :], x[..., : dim // 2]), -1)
+        return (x.float() * angle.cos() + half.float() * angle.sin()).to(x.dtype)
+
+    def torch_code(i: int):
+        k_cache[0, :, :tokens] = rotate(k).transpose(0, 1)
+        v_cache[0, :, :tokens] = v.transpose(0, 1)
+        return rotate(q[i % len(q)])
+
+    calls = {
+        "ours": lambda i: ops.rope_append(q[i % len(q)], k, v, k_cache, v_cache, row, pos, pos, None, None, None, freq.float(), 1e-5),
+        "torch": torch_code,
+    }
+    return Case(f"rope_append {tokens} tokens, {heads}/{kv_heads} heads x {dim} bf16", 4 * tokens * (heads + 2 * kv_heads) * dim, calls)
+
+
+def rows(tokens: int, width: int, dry: bool, device: str) -> list[Case]:
+    x = rotating(lambda: torch.randn(tokens, width, device=device).bfloat16(), dry)
+    gate = rotating(lambda: torch.randn(tokens, 2 * width, device=device).bfloat16(), dry)
+    weight, residual = torch.ones(width, device=device).bfloat16(), torch.randn(tokens, width, device=device).bfloat16()
+
+    def add_norm(i: int):
+        residual.add_(x[i % len(x)])
+        return torch.nn.functional.rms_norm(residual, (width,), weight, 1e-5)
+
+    def silu(i: int):
+        g = gate[i % len(gate)]
+        return torch.nn.functional.silu(g[:, :width]) * g[:, width:]
+
+    size = tokens * width * 2
+    return [
+        Case(f"add_rms_norm [{tokens}, {width}] bf16", 4 * size, {
+            "ours": lambda i: ops.add_rms_norm(residual, x[i % len(x)], weight, 1e-5), "torch": add_norm}),
+        Case(f"silu_mul [{tokens}, 2 x {width}] bf16", 3 * size, {"ours": lambda i: ops.silu_mul(gate[i % len(gate)]), "torch": silu}),
+    ]  # fmt: skip
+
+
+def cases(dry: bool, device: str) -> list[Case]:
+    if dry:
+        return [logit_stats(2, 5000, dry, device), commit(2, 8, dry, device), rope_append(3, 4, 2, dry, device), *rows(2, 64, dry, device)]
+    return [
+        *(logit_stats(n, v, dry, device) for n, v in ((32, 126_464), (256, 126_464), (1024, 126_464), (32, 152_064))),
+        commit(64, 128, dry, device), commit(8, 32, dry, device),
+        *(rope_append(t, h, kv, dry, device) for t, h, kv in ((32, 32, 32), (256, 32, 32), (32, 28, 4), (4096, 32, 32))),
+        *rows(32, 4096, dry, device), *rows(4096, 4096, dry, device),
+    ]  # fmt: skip
+
+
+def time_call(fn: Callable[[int], object], calls: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for i in range(calls):
+        fn(i)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
+def measure(case: Case) -> dict[str, float]:
+    """Median seconds per call of every rival, interleaved."""
+    counts = {}
+    for label, fn in case.calls.items():
+        time_call(fn, 3)
+        counts[label] = max(5, min(200, int(5e-3 / time_call(fn, 3))))
+    samples: dict[str, list[float]] = {label: [] for label in case.calls}
+    for r in range(ROUNDS):
+        for label in list(case.calls)[:: 1 if r % 2 == 0 else -1]:
+            samples[label].append(time_call(case.calls[label], counts[label]))
+    return {label: statistics.median(s) for label, s in samples.items()}
+
+
+def copy_rate() -> float:
+    """Bytes read plus written per second of a large copy."""
+    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.numel() / min(time_call(lambda _: b.copy_(a), 10) for _ in range(5))
+
+
+def gpu_facts() -> dict[str, str]:
+    fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+    line = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True, check=True).stdout
+    return dict(zip(fields.split(","), (x.strip() for x in line.splitlines()[0].split(",")), strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
+    args = parser.parse_args()
+    if args.dry_run:
+        for case in cases(True, "cpu"):
+            for label, fn in case.calls.items():
+                fn(0)
+                print(f"{case.name}: {label} runs")
+        return
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device; --dry-run checks the cases on the CPU")
+    rate, facts, origin = copy_rate(), gpu_facts(), machine.origin()
+    table = []
+    with torch.inference_mode():
+        for case in cases(False, "cuda"):
+            times = measure(case)
+            line: dict[str, object] = {"case": case.name, "ours": report.seconds(times["ours"])}
+            line["of copy"] = case.moved / times["ours"] / rate
+            for label in list(times)[1:]:
+                line[f"x {label}"] = times[label] / times["ours"]
+            table.append(line)
+            print(json.dumps(line), flush=True)
+    slug = facts["name"].lower().replace(" ", "-")
+    stem = args.out / f"gpu-ops-{slug}-{origin['date']}"
+    head = f"{facts['name']}, driver {facts['driver_version']}, SM {facts['clocks.sm']} of {facts['clocks.max.sm']}, memory {facts['clocks.mem']}, "
+    head += f"torch {torch.__version__}, CUDA {torch.version.cuda}, commit {origin['commit']}; `{origin['command']}`; copy {rate / 1e12:.2f} TB/s"
+    stem.with_suffix(".md").write_text(f"# Ops on a GPU\n\n{head}\n\n{report.table(table)}\n")
+    stem.with_suffix(".json").write_text(json.dumps({"gpu": facts, "origin": origin, "copy_rate": rate, "rows": table}, indent=1, default=str) + "\n")
+    print(stem.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    main()
