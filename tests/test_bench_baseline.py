@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import baseline_llada  # noqa: E402
 
-GOLDEN = Path(os.environ.get("UNMASK_GOLDEN", ROOT.parent / "shared" / "golden")) / "llada"
+GOLDEN = ROOT / "tests" / "golden" / "llada"
 LOOPS = {
     "llada_generate": baseline_llada.llada_generate,
     "fastdllm_plain": baseline_llada.generate,
@@ -45,7 +44,7 @@ def model():
     return baseline_llada.Llada(config, load_file(GOLDEN / "checkpoint" / "model.safetensors"))
 
 
-@pytest.mark.parametrize(("loop", "run"), recorded_runs())
+@pytest.mark.parametrize(("loop", "run"), list(recorded_runs()))
 def test_tokens_and_forwards_equal_the_authors(model, threads, loop, run):
     threads(1)  # 64-wide layers
     args = {name: run["args"][name] for name in ("steps", "gen_length", "block_length", "mask_id")}
