@@ -144,10 +144,16 @@ class ModuleBackend:
     ):
         self.module, self.state, self.mask_id, self.cfg_scale, self.attention_mask = module, state, mask_id, cfg_scale, attention_mask
         self.forbid = torch.tensor([mask_id], device=state.canvas.device)
+        self.vocab = -1
 
     @property
     def logits_dtype(self) -> torch.dtype:
         return self.logits.dtype
+
+    def _check_ids(self, suppress: torch.Tensor | None) -> None:
+        for name, ids in (("mask_id", self.forbid), ("an id to suppress", suppress)):
+            if ids is not None and bool((ids >= self.vocab).any()):
+                raise SettingError(f"{name} must be below the module's vocabulary size {self.vocab}, got {int(ids.max())}")
 
     def stats(self, plan: Plan, live: torch.Tensor, **options) -> LogitStats:
         """Runs the module on the canvases of the active rows and reduces the logits of the live candidates."""
@@ -166,10 +172,9 @@ class ModuleBackend:
             raise SettingError(
                 f"the module must return logits [B, L, V] = [{plan.row.shape[0]}, {self.state.canvas.shape[1]}, any], got {list(logits.shape)}"
             )
-        vocab = logits.shape[2]
-        for name, ids in (("mask_id", self.forbid), ("an id to suppress", options.get("suppress"))):
-            if ids is not None and bool((ids >= vocab).any()):
-                raise SettingError(f"{name} must be below the module's vocabulary size {vocab}, got {int(ids.max())}")
+        if self.vocab != logits.shape[2]:  # once: what the module's vocabulary is shows in its first logits only
+            self.vocab = logits.shape[2]
+            self._check_ids(options.get("suppress"))
         self.logits = logits
         return self.reduce(plan, live, **options)
 
