@@ -2,7 +2,8 @@
 
 Every forward of a run is known in advance (fixed steps): how many tokens it brings and how many masked rows the head reads. For each kind
 of forward the four products of all layers run in order, each layer with its own weights, then the head; rows are padded to a multiple of
-16 as in the decoder. Weights are packed once with oneDNN. For bf16 the floor is the faster of bf16 and fp32 copies of the weights.
+16 as in the decoder. Weights are packed once with oneDNN. For bf16 the floor is the faster of bf16 and fp32 copies of the weights. The
+whole run of products is one rival in the same rounds as the decoder: on a shared machine two clocks minutes apart differ by a fifth.
 """
 
 from __future__ import annotations
@@ -30,58 +31,56 @@ def forwards(cache: str, prompt: int, new_tokens: int, block: int, steps: int) -
 
 
 class Gemms:
-    """All linears of the bench model with random weights in one format, and one vocabulary-tiled and one whole head."""
+    """All linears of the bench model with random weights in one format; the head in tiles of `tile` ids."""
 
-    def __init__(self, config: dict, dtype: torch.dtype):
+    def __init__(self, config: dict, dtype: torch.dtype, tile: int):
         d, ffn, vocab = config["d_model"], config["mlp_hidden_size"], config["vocab_size"]
-        if not packing_available(dtype):
-            raise RuntimeError(f"this torch has no packed oneDNN weights for {dtype}; the floor is undefined")
-        self.dtype = dtype
-        self.width, self.inner = d, ffn
+        self.dtype, self.width, self.inner = dtype, d, ffn
+        self._inputs: dict[tuple[int, int], torch.Tensor] = {}
         shapes = ((3 * d, d), (d, d), (2 * ffn, d), (d, ffn))
         self.layers = [[self._linear(*shape) for shape in shapes] for _ in range(config["n_layers"])]
-        head = torch.randn(vocab, d, dtype=dtype)
-        self.head = Linear(head, "packed")
-        self.tiles = [Linear(head[i : i + TILE], "packed") for i in range(0, vocab, TILE)]
+        self.head = [self._linear(min(tile, vocab - i), d) for i in range(0, vocab, tile)]
 
     def _linear(self, n: int, k: int) -> Linear:
         return Linear(torch.randn(n, k, dtype=self.dtype), "packed")
 
     @torch.inference_mode()
-    def seconds(self, tokens: int, head_rows: int, rounds: int = 3) -> float:
-        """Backbone products for `tokens` rows plus the head for `head_rows` rows, whole or tiled, whichever is faster."""
-        x, inner = (
-            torch.randn(tokens, self.width, dtype=self.dtype),
-            torch.randn(tokens, self.inner, dtype=self.dtype),
-        )
-        hidden = x[:1].expand(head_rows, -1).contiguous()
+    def forward(self, tokens: int, head_rows: int) -> None:
+        """The products of one forward: all layers for `tokens` rows, then the head for `head_rows`."""
+        x, inner = self._rows(tokens, self.width), self._rows(tokens, self.inner)
+        for qkv, out, gate_up, down in self.layers:
+            qkv(x), out(x), gate_up(x), down(inner)
+        hidden = self._rows(head_rows, self.width)
+        for tile in self.head:
+            tile(hidden)
 
-        def backbone():
-            for qkv, out, gate_up, down in self.layers:
-                qkv(x), out(x), gate_up(x), down(inner)
+    def run(self, counts: Counter[tuple[int, int]]) -> None:
+        """The products of a whole run."""
+        for kind, count in counts.items():
+            for _ in range(count):
+                self.forward(*kind)
 
-        parts = {
-            "backbone": backbone,
-            "head": lambda: self.head(hidden),
-            "tiled": lambda: [tile(hidden) for tile in self.tiles],
-        }
-        times = timing.measure(parts, rounds=rounds, min_time=0.1, min_samples=3)
-        return times["backbone"] + min(times["head"], times["tiled"])
+    def _rows(self, rows: int, width: int) -> torch.Tensor:
+        if (rows, width) not in self._inputs:
+            self._inputs[rows, width] = torch.randn(rows, width, dtype=self.dtype)
+        return self._inputs[rows, width]
 
 
-def floor(
-    config: dict, dtype: torch.dtype, runs: dict[str, Counter], rounds: int = 3
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds of GEMMs per run, and the format that gave them: ({run: seconds}, {run: "packed" or "packed_fp32"})."""
+def fastest(config: dict, dtype: torch.dtype, kind: tuple[int, int], rounds: int = 3) -> tuple[Gemms, str]:
+    """The fastest way to compute the products of one forward of `kind`: format of the weights, head whole or in tiles, and its name.
+
+    Only this choice is timed here; `Gemms.run` of the result is then timed side by side with the decoder.
+    """
     formats = {"packed": dtype} | ({"packed_fp32": torch.float32} if dtype is torch.bfloat16 else {})
-    kinds = sorted({kind for run in runs.values() for kind in run})
-    best: dict[str, tuple[float, str]] = {}
-    for name, kind_dtype in formats.items():
-        if not packing_available(kind_dtype):
-            continue
-        gemms = Gemms(config, kind_dtype)
-        each = {kind: gemms.seconds(*kind, rounds=rounds) for kind in kinds}
-        for run, counts in runs.items():
-            total = sum(each[kind] * count for kind, count in counts.items())
-            best[run] = min(best.get(run, (float("inf"), "")), (total, name))
-    return {run: value for run, (value, _) in best.items()}, {run: name for run, (_, name) in best.items()}
+    ways = {}
+    for name, weights in formats.items():
+        if packing_available(weights):
+            for head, tile in (("whole head", config["vocab_size"]), ("tiled head", TILE)):
+                gemms = Gemms(config, weights, tile)
+                seconds = timing.measure({"": lambda g=gemms: g.forward(*kind)}, rounds=rounds, min_time=0.1, min_samples=3)
+                ways[f"{name}, {head}"] = (seconds[""], gemms)
+                ways = dict([min(ways.items(), key=lambda way: way[1][0])])  # the others' weights are freed
+    if not ways:
+        raise RuntimeError(f"this torch has no packed oneDNN weights for {dtype}; the floor is undefined")
+    ((name, (_, gemms)),) = ways.items()
+    return gemms, name

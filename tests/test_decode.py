@@ -276,4 +276,4 @@ def test_peak_of_a_step_holds_no_vocabulary_tensor():
     model = make(vocab_size=40000, mask_id=39999, eos_ids=(39998,), pad_id=None)
     with Watch():
         unmask.generate(model, [1, 2, 3], max_new_tokens=16, block_size=16, cache="dual", eos_stop=False)
-    assert max(sizes) <= 16 * 4096 < 16 * 40000
+    assert max(sizes) <= 16 * 8192 < 16 * 40000

@@ -22,7 +22,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("dtype, format", [(torch.float32, "packed"), (torch.float32, "plain"), (torch.bfloat16, "packed_fp32")])
-@pytest.mark.parametrize("vocab", [61, 4096, 9000])
+@pytest.mark.parametrize("vocab", [61, 4096, 9000, 20000])
 def test_equals_logit_stats_on_the_logits(dtype, format, vocab):
     head, hidden = make_head(vocab, 32, dtype, format), torch.randn(20, 32).to(dtype)
     n = 20
