@@ -22,7 +22,7 @@ Tensor norm(In, In, double) { return out(); }
 Tensor add_norm(Tensor, In, In, double) { return out(); }
 Tensor uniform(In, In, In) { return out(); }
 Tensor rope(In, In, In, Tensor, Tensor, In, In, In, Opt, Opt, Opt, In, double, Mut) { return out(); }
-std::tuple<Tensor, Tensor> attention(In, In, In, In, In, In, Opt, Opt, double, Mut) { return {out(), out()}; }
+std::tuple<Tensor, Tensor> attention(In, In, In, In, In, In, Opt, Opt, double, Mut, bool) { return {out(), out()}; }
 std::tuple<Tensor, Tensor, Tensor> stats(In, Opt, Opt, Opt, Opt, Opt, Opt, int64_t, double, Opt, Opt, Opt) {
   return {out(), out(), out()};
 }

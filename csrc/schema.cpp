@@ -21,7 +21,7 @@ STABLE_TORCH_LIBRARY(unmask, m) {
   m.def(
       "block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_q, Tensor kv_row, Tensor seg, Tensor? "
       "q_end, "
-      "Tensor? mask, float scale, Tensor(a!)? status=None) -> (Tensor, Tensor)");
+      "Tensor? mask, float scale, Tensor(a!)? status=None, bool batch_invariant=False) -> (Tensor, Tensor)");
 
   // One read of the logits. ids: token, then top-k ids; values: p, p1, p2, entropy, logsumexp, 1 - p, then (log-probability, logit) at each of
   // the ids asked for, then top-k logits. One tensor per dtype: every output costs as much as the reduction of a thousand logits.

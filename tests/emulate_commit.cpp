@@ -10,8 +10,6 @@ using namespace unmask::cuda;
 
 namespace {
 
-thread_local std::string last_error;
-
 template <class T>
 Strided<T> strided(void* data, int64_t stride) {
   return {static_cast<T*>(data), stride};
@@ -20,8 +18,6 @@ Strided<T> strided(void* data, int64_t stride) {
 }  // namespace
 
 extern "C" {
-
-const char* emulated_error() { return last_error.c_str(); }
 
 // pointers: canvas, masked, cu, row, pos, token, quota, cost, score, threshold, eligible, editable, status, committed, count, left
 // numbers: canvas stride (2), masked stride (2), rows, length, candidates, entries, rule, then the strides of cu .. status (11),
@@ -44,12 +40,7 @@ int emulated_commit(void** p, const int64_t* n, double param, double edit_thresh
   std::vector<int32_t> place(static_cast<size_t>(c.candidates), -7), order(place);
   const CommitJob job{c, static_cast<uint8_t*>(p[13]), place.data(),
                       c.rule == kRuleEntropyBound ? order.data() : nullptr};
-  try {
-    emulate((c.entries + kCommitWarps - 1) / kCommitWarps, kCommitWarps, [&] { commit_entries(job); });
-    return 0;
-  } catch (const std::exception& e) {
-    last_error = e.what();
-    return 1;
-  }
+  return guarded(
+      [&] { emulate((c.entries + kCommitWarps - 1) / kCommitWarps, kCommitWarps, [&] { commit_entries(job); }); });
 }
 }

@@ -9,8 +9,6 @@ using namespace unmask::cuda;
 
 namespace {
 
-thread_local std::string last_error;
-
 template <FloatType kType>
 void norm(const NormParams& p, int64_t rows, bool aligned) {
   emulate((rows + kRowWarps - 1) / kRowWarps, kRowWarps, [&] { norm_rows<kType>(p, rows, aligned); });
@@ -21,22 +19,9 @@ void silu(const SiluParams& p, int64_t rows, bool aligned) {
   emulate((warps + kRowWarps - 1) / kRowWarps, kRowWarps, [&] { silu_rows<kType>(p, rows, aligned); });
 }
 
-template <class F>
-int guarded(const F& f) {
-  try {
-    f();
-    return 0;
-  } catch (const std::exception& e) {
-    last_error = e.what();
-    return 1;
-  }
-}
-
 }  // namespace
 
 extern "C" {
-
-const char* emulated_error() { return last_error.c_str(); }
 
 int emulated_norm(const void* x, void* residual, const void* weight, void* out, int64_t x_row, int64_t residual_row,
                   int64_t dim, int64_t type, float eps, int64_t rows, bool aligned) {

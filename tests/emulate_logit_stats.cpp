@@ -12,19 +12,6 @@ using namespace unmask::cuda;
 
 namespace {
 
-thread_local std::string last_error;
-
-template <class F>
-int guarded(const F& f) {
-  try {
-    f();
-    return 0;
-  } catch (const std::exception& e) {
-    last_error = e.what();
-    return 1;
-  }
-}
-
 int64_t blocks_for(int64_t warps) { return (warps + kWarpsPerBlock - 1) / kWarpsPerBlock; }
 
 template <FloatType kType>
@@ -66,7 +53,6 @@ void run(StatsJob job, int64_t entries, int64_t group_chunks, int64_t entries_pe
 
 extern "C" {
 
-const char* emulated_error() { return last_error.c_str(); }
 void emulated_plan(int64_t entries, int64_t count, int64_t* out) {
   const StatsPlan p = plan_stats(entries, count);
   out[0] = p.chunks, out[1] = p.group_chunks, out[2] = p.groups, out[3] = p.entries_per_launch;

@@ -10,8 +10,6 @@ using namespace unmask::cuda;
 
 namespace {
 
-thread_local std::string last_error;
-
 template <FloatType kType>
 void heads(const RopeParams& p) {
   const int64_t groups = (p.q_heads + 2 * p.kv_heads + kHeads - 1) / kHeads, warps = p.tokens * groups;
@@ -21,8 +19,6 @@ void heads(const RopeParams& p) {
 }  // namespace
 
 extern "C" {
-
-const char* emulated_error() { return last_error.c_str(); }
 
 // pointers: q, k, v, out, k_cache, v_cache, row, pos, slot, v_slot, q_weight, k_weight, inv_freq, status
 // numbers: tokens, q_heads, kv_heads, dim, freqs, rows, slots; strides of q, k, v (3 each), of the caches (4 each), of row, pos, slot,
@@ -43,7 +39,7 @@ int emulated_rope_append(void** at, const int64_t* n, float eps) {
   p.row_stride = n[0], p.pos_stride = n[1], p.slot_stride = n[2], p.v_slot_stride = n[3], p.status_stride = n[4];
   p.dtype = n[5], p.eps = eps;
   std::vector<uint8_t> lost(static_cast<size_t>(2 * p.tokens), 9);
-  try {
+  return guarded([&] {
     if (n[6] != 0) {
       emulate((p.tokens + kRopeWarps - 1) / kRopeWarps, kRopeWarps,
               [&] { rope_find_lost(p, lost.data(), lost.data() + p.tokens); });
@@ -52,10 +48,6 @@ int emulated_rope_append(void** at, const int64_t* n, float eps) {
     if (p.dtype == 0) heads<FloatType::f32>(p);
     else if (p.dtype == 1) heads<FloatType::bf16>(p);
     else heads<FloatType::f16>(p);
-    return 0;
-  } catch (const std::exception& e) {
-    last_error = e.what();
-    return 1;
-  }
+  });
 }
 }

@@ -1,7 +1,6 @@
-// A warp on the CPU, for tests: the names of csrc/cuda/common/warp.cuh for the host. Each of the 32 lanes is a fiber
-// that runs until its next warp-wide operation; when all have arrived, all go on. Lanes that disagree about which
-// operation comes next, and lanes that leave while others wait, are errors, and so are misaligned 16-byte loads: on a
-// GPU they would hang or trap.
+// A block of warps on the CPU, for tests: the names of csrc/cuda/common/warp.cuh for the host. Every lane of every warp is a fiber that runs
+// until its next warp- or block-wide operation; when all have arrived, all go on. Lanes that disagree about which operation comes next,
+// lanes that leave while others wait, and misaligned accesses are errors: on a GPU they would hang or trap. Shared memory starts as NaN.
 #pragma once
 #define UNMASK_EMULATE_WARP 1
 
@@ -11,10 +10,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #define UNMASK_DEVICE inline
 #define UNMASK_KERNEL_BOUNDS(threads, blocks) inline void
@@ -22,156 +23,228 @@
 
 namespace unmask::cuda {
 
-class Warp {
+class Block {
  public:
-  static Warp& now() {
-    static Warp warp;
-    return warp;
+  struct Payload { uint64_t word[4]; };
+
+  static Block& now() {
+    static Block block;
+    return block;
   }
 
-  void run(int64_t block, int warp, const std::function<void()>& kernel) {
+  void run(int64_t block, int warps, int64_t shared_bytes, const std::function<void()>& kernel) {
     block_ = block;
-    warp_ = warp;
+    lanes_.resize(static_cast<size_t>(warps) * 32);
+    boxes_.resize(static_cast<size_t>(warps) * 2);
+    shared_.assign(static_cast<size_t>(shared_bytes) + 128, static_cast<char>(0xFF));
     kernel_ = &kernel;
     error_.clear();
-    for (lane_ = 0; lane_ < 32; ++lane_) {
-      Lane& lane = lanes_[lane_];
+    waiting_ = 0, round_ = 0;
+    const int all = warps * 32;
+    for (lane_ = 0; lane_ < all; ++lane_) {
+      Lane& lane = self();
       if (!lane.stack) lane.stack.reset(new char[kStack]);
       getcontext(&lane.start);
       lane.start.uc_stack.ss_sp = lane.stack.get();
       lane.start.uc_stack.ss_size = kStack;
       lane.start.uc_link = nullptr;
-      lane.turns = 0;
+      lane.turns = lane.steps = 0;
       lane.done = false;
-      makecontext(&lane.start, &Warp::enter, 0);
+      lane.copies.clear();
+      lane.groups.clear();
+      makecontext(&lane.start, &Block::enter, 0);
       swapcontext(&main_start_, &lane.start);  // up to the setjmp in enter()
     }
-    for (int left = 32; left > 0 && error_.empty();) {
-      for (lane_ = 0; lane_ < 32 && error_.empty(); ++lane_) {
-        if (lanes_[lane_].done) continue;
-        if (_setjmp(main_) == 0) _longjmp(lanes_[lane_].here, 1);
-        left -= lanes_[lane_].done;
+    for (int left = all; left > 0 && error_.empty();) {
+      bool moved = false;
+      for (lane_ = 0; lane_ < all && error_.empty(); ++lane_) {
+        if (self().done) continue;
+        const int64_t before = self().steps;
+        if (_setjmp(main_) == 0) _longjmp(self().here, 1);
+        left -= self().done;
+        moved = moved || self().done || self().steps != before;
       }
+      if (!moved && error_.empty() && left > 0) error_ = "lanes wait at a block-wide operation that others never reach";
     }
     if (!error_.empty()) throw std::runtime_error(error_);
   }
 
-  // Every lane gives a value and gets all 32.
-  const uint64_t* exchange(int operation, uint64_t value) {
-    const int64_t turn = lanes_[lane_].turns++;
-    Box& box = boxes_[turn & 1];  // two boxes: a lane may be one operation ahead of those behind it in the round
-    box.operation[lane_] = operation;
-    box.turn[lane_] = turn;
-    box.value[lane_] = value;
-    const int self = lane_;
+  // Every lane of the warp gives a value and gets all 32.
+  const Payload* exchange(int operation, const Payload& value) {
+    const int64_t turn = self().turns++;
+    ++self().steps;
+    const int own = lane_ / 32 * 32;
+    Box& box = boxes_[static_cast<size_t>(lane_ / 32 * 2 +
+                                          (turn & 1))];  // two: a lane may be one operation ahead of those behind it
+    box.operation[lane_ - own] = operation;
+    box.turn[lane_ - own] = turn;
+    box.value[lane_ - own] = value;
+    const int lane = lane_ - own;
     leave();
     for (int i = 0; i < 32; ++i) {
       if (box.turn[i] != turn || box.operation[i] != operation)
-        error("lanes " + std::to_string(self) + " and " + std::to_string(i) + " are at different warp operations");
+        error("lanes " + std::to_string(lane) + " and " + std::to_string(i) + " are at different warp operations");
     }
     return box.value;
+  }
+
+  // Every lane of the block.
+  void barrier() {
+    const int64_t round = round_;
+    ++self().steps;
+    if (++waiting_ == static_cast<int>(lanes_.size())) waiting_ = 0, ++round_;
+    do leave();  // the last one too, so that the lanes of its warp stay in step
+    while (round_ == round);
+    ++self().steps;
   }
 
   void error(const std::string& text) {
     if (error_.empty()) error_ = text;
     leave();
   }
-  int lane() const { return lane_; }
-  int warp() const { return warp_; }
+  int lane() const { return lane_ % 32; }
+  int warp() const { return lane_ / 32; }
   int64_t block() const { return block_; }
+  char* shared() { return shared_.data() + (128 - reinterpret_cast<uintptr_t>(shared_.data()) % 128) % 128; }
+
+  // Asynchronous copies of the running lane, made as late as allowed (when it waits for them) or at once.
+  void copy_later(char* to, const char* from, bool read) {
+    if (to < shared() || to + 16 > shared_.data() + shared_.size()) error("a copy to a place outside of shared memory");
+    self().copies.push_back({to, from, read});
+    if (eager_copies) finish(self().copies.back());
+  }
+  void commit_copies() {
+    self().groups.push_back(std::move(self().copies));
+    self().copies.clear();
+  }
+  void wait_copies(int pending) {
+    while (static_cast<int>(self().groups.size()) > pending) {
+      for (const Copy& c : self().groups.front()) finish(c);
+      self().groups.pop_front();
+    }
+  }
+  bool eager_copies = false;
 
  private:
   static constexpr size_t kStack = size_t{1} << 17;
+  struct Copy {
+    char* to;
+    const char* from;
+    bool read;
+  };
   struct Lane {
     ucontext_t start;
     jmp_buf here;  // a switch by setjmp costs no system call
     std::unique_ptr<char[]> stack;
-    int64_t turns = 0;
+    int64_t turns = 0, steps = 0;  // warp operations; those and what else shows that a lane moves on
     bool done = false;
+    std::vector<Copy> copies;
+    std::deque<std::vector<Copy>> groups;
   };
   struct Box {
     int operation[32];
     int64_t turn[32];
-    uint64_t value[32];
+    Payload value[32];
   };
+  static void finish(const Copy& c) {
+    if (c.read) std::memcpy(c.to, c.from, 16);
+    else std::memset(c.to, 0, 16);
+  }
+  Lane& self() { return lanes_[static_cast<size_t>(lane_)]; }
   void leave() {
-    if (_setjmp(lanes_[lane_].here) == 0) _longjmp(main_, 1);
+    if (_setjmp(self().here) == 0) _longjmp(main_, 1);
   }
   static void enter() {
-    Warp& w = now();
-    Lane& self = w.lanes_[w.lane_];
-    if (_setjmp(self.here) == 0) swapcontext(&self.start, &w.main_start_);
-    (*w.kernel_)();
+    Block& b = now();
+    Lane& self = b.self();
+    if (_setjmp(self.here) == 0) swapcontext(&self.start, &b.main_start_);
+    (*b.kernel_)();
     self.done = true;
-    for (const Lane& lane : w.lanes_) {
-      if (lane.turns != w.lanes_[0].turns && lane.done) w.error_ = "a lane left while others wait";
+    const int first = b.lane_ / 32 * 32;
+    for (int i = first; i < first + 32; ++i) {
+      const Lane& lane = b.lanes_[static_cast<size_t>(i)];
+      if (lane.turns != b.lanes_[static_cast<size_t>(first)].turns && lane.done)
+        b.error_ = "a lane left while others wait";
     }
-    _longjmp(w.main_, 1);
+    _longjmp(b.main_, 1);
   }
 
-  Lane lanes_[32];
-  Box boxes_[2];
+  std::vector<Lane> lanes_;
+  std::vector<Box> boxes_;
+  std::vector<char> shared_;
   ucontext_t main_start_;
   jmp_buf main_;
   const std::function<void()>* kernel_ = nullptr;
   std::string error_;
-  int lane_ = 0, warp_ = 0;
-  int64_t block_ = 0;
+  int lane_ = 0, waiting_ = 0;
+  int64_t block_ = 0, round_ = 0;
 };
 
-inline int lane_id() { return Warp::now().lane(); }
-inline int warp_in_block() { return Warp::now().warp(); }
-inline int64_t block_index() { return Warp::now().block(); }
-inline void warp_sync() { Warp::now().exchange(1, 0); }
+inline int lane_id() { return Block::now().lane(); }
+inline int warp_in_block() { return Block::now().warp(); }
+inline int64_t block_index() { return Block::now().block(); }
+inline void warp_sync() { Block::now().exchange(1, {}); }
+inline void block_sync() { Block::now().barrier(); }
+inline char* dynamic_shared() { return Block::now().shared(); }
+inline void device_fence() {}
+inline uint32_t device_count_up(uint32_t* counter) { return (*counter)++; }
 
 template <class T>
 inline T warp_pick(int operation, T v, int lane) {
   static_assert(sizeof(T) <= 8);
-  uint64_t bits = 0;
-  std::memcpy(&bits, &v, sizeof v);
-  bits = Warp::now().exchange(operation, bits)[lane < 0 || lane > 31 ? lane_id() : lane];
-  std::memcpy(&v, &bits, sizeof v);
+  Block::Payload mine{};
+  std::memcpy(mine.word, &v, sizeof v);
+  const Block::Payload* all = Block::now().exchange(operation, mine);
+  std::memcpy(&v, all[lane < 0 || lane > 31 ? lane_id() : lane].word, sizeof v);
   return v;
 }
 template <class T> inline T warp_get(T v, int lane) { return warp_pick(2, v, lane & 31); }
 template <class T> inline T warp_get_up(T v, int by) { return warp_pick(3, v, lane_id() - by); }
 template <class T> inline T warp_get_xor(T v, int mask) { return warp_pick(4, v, lane_id() ^ mask); }
+
+// f(accumulated, a lane's word) over the warp's words.
+template <class F>
+inline uint32_t warp_fold(int operation, uint32_t v, uint32_t start, const F& f) {
+  const Block::Payload* all = Block::now().exchange(operation, {{v}});
+  for (int i = 0; i < 32; ++i) start = f(start, static_cast<uint32_t>(all[i].word[0]), i);
+  return start;
+}
 inline uint32_t warp_ballot(bool b) {
-  const uint64_t* all = Warp::now().exchange(5, b);
-  uint32_t bits = 0;
-  for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(all[i] != 0) << i;
-  return bits;
+  return warp_fold(5, b, 0, [](uint32_t x, uint32_t y, int i) { return x | y << i; });
 }
 inline uint32_t warp_max_u32(uint32_t v) {
-  const uint64_t* all = Warp::now().exchange(6, v);
-  for (int i = 0; i < 32; ++i) v = all[i] > v ? static_cast<uint32_t>(all[i]) : v;
-  return v;
+  return warp_fold(6, v, v, [](uint32_t x, uint32_t y, int) { return x > y ? x : y; });
 }
 inline uint32_t warp_min_u32(uint32_t v) {
-  const uint64_t* all = Warp::now().exchange(7, v);
-  for (int i = 0; i < 32; ++i) v = all[i] < v ? static_cast<uint32_t>(all[i]) : v;
-  return v;
+  return warp_fold(7, v, v, [](uint32_t x, uint32_t y, int) { return x < y ? x : y; });
 }
 inline uint32_t warp_or_u32(uint32_t v) {
-  const uint64_t* all = Warp::now().exchange(8, v);
-  for (int i = 0; i < 32; ++i) v |= static_cast<uint32_t>(all[i]);
-  return v;
+  return warp_fold(8, v, v, [](uint32_t x, uint32_t y, int) { return x | y; });
 }
 inline void shared_or(uint32_t* word, uint32_t bits) { *word |= bits; }
 inline int bit_count(uint32_t v) { return __builtin_popcount(v); }
 inline int lowest_bit(uint32_t v) { return __builtin_ffs(static_cast<int>(v)) - 1; }
 
 struct alignas(16) Vec16 { uint32_t w[4]; };
+inline void check_aligned(const void* p, uintptr_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0)
+    Block::now().error("an access of " + std::to_string(bytes) + " bytes is not aligned");
+}
 inline Vec16 load16(const void* p) {
-  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) Warp::now().error("a 16-byte load is not aligned");
+  check_aligned(p, 16);
   Vec16 v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 inline Vec16 load16_mutable(const void* p) { return load16(p); }
 inline void store16(void* p, const Vec16& v) {
-  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) Warp::now().error("a 16-byte store is not aligned");
+  check_aligned(p, 16);
   std::memcpy(p, &v, sizeof v);
+}
+inline void store8(void* p, uint32_t low, uint32_t high) {
+  check_aligned(p, 8);
+  const uint32_t v[2] = {low, high};
+  std::memcpy(p, v, sizeof v);
 }
 inline float float_of_half(uint16_t h) {
   _Float16 f;
@@ -191,10 +264,27 @@ inline float exp2_approx(float y) {
 inline float max_drop_nan(float a, float b) { return std::fmax(a, b); }
 inline float max_keep_nan(float a, float b) { return a != a ? a : b != b ? b : std::fmax(a, b); }
 
-// All warps of a launch, one after the other.
-inline void emulate(int64_t blocks, int warps, const std::function<void()>& kernel) {
-  for (int64_t b = 0; b < blocks; ++b)
-    for (int w = 0; w < warps; ++w) Warp::now().run(b, w, kernel);
+// All blocks of a launch, one after the other.
+inline void emulate(int64_t blocks, int warps, const std::function<void()>& kernel, int64_t shared_bytes = 0) {
+  for (int64_t b = 0; b < blocks; ++b) Block::now().run(b, warps, shared_bytes, kernel);
+}
+
+// Runs f; 1 and the text of the exception behind emulated_error() if it throws.
+inline std::string& last_error() {
+  static thread_local std::string text;
+  return text;
+}
+template <class F>
+int guarded(const F& f) {
+  try {
+    f();
+    return 0;
+  } catch (const std::exception& e) {
+    last_error() = e.what();
+    return 1;
+  }
 }
 
 }  // namespace unmask::cuda
+
+extern "C" inline __attribute__((used)) const char* emulated_error() { return unmask::cuda::last_error().c_str(); }

@@ -196,3 +196,53 @@ def rope_append(q, k, v, k_cache, v_cache, row, pos, slot, v_slot, q_weight, k_w
     if lib.emulated_rope_append(*args, eps) != 0:
         raise RuntimeError(lib.emulated_error().decode())
     return out
+
+
+PLAN = ("tensor_cores", "dim", "row_warps", "row_tile", "stages", "shared_bytes", "splits", "min_split_keys", "tiles", "blocks", "partial_floats")
+H200 = (132, 232448, 233472)  # multiprocessors; bytes of shared memory per block and per multiprocessor
+
+
+def attention_plan(tokens, batch, q_heads, kv_heads, dim, slots, segments, half=True, aligned=True, batch_invariant=False, device=H200) -> dict[str, int]:
+    """plan_attention of csrc/cuda/block_attention_plan.h."""
+    lib = build("emulate_block_attention.cpp")
+    numbers = (tokens, batch, q_heads, kv_heads, dim, slots, segments, half, aligned, batch_invariant, *device)
+    out = (c_int64 * len(PLAN))()
+    lib.attention_plan((c_int64 * len(numbers))(*map(int, numbers)), out)
+    return dict(zip(PLAN, out, strict=True))
+
+
+def split_keys(keys: int, splits: int, least: int) -> int:
+    function = build("emulate_block_attention.cpp").attention_split_keys
+    function.argtypes, function.restype = [c_int64] * 3, c_int64
+    return function(keys, splits, least)
+
+
+def _divisible(t: torch.Tensor, size: int) -> bool:
+    return t.stride(-1) == 1 and t.data_ptr() % size == 0 and all(s * t.element_size() % size == 0 for s in t.stride()[:-1])
+
+
+def block_attention(
+    q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status=None, batch_invariant=False, *, device=H200, eager=False, **plan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op by the CUDA kernels; status is written in place. plan: fields of the plan to change (no other field follows them)."""
+    lib = build("emulate_block_attention.cpp")
+    lib.emulated_block_attention.argtypes = [POINTER(c_void_p), POINTER(c_int64), c_float]
+    tokens, heads, dim = q.shape
+    rows, kv_heads, slots, _ = k_cache.shape
+    batch, segments = seg.shape[:2]
+    half = q.dtype is not torch.float32
+    aligned = half and _divisible(k_cache, 16) and _divisible(v_cache, 16) and _divisible(q, 4)
+    p = attention_plan(tokens, batch, heads, kv_heads, dim, slots, segments, half, aligned, batch_invariant, device) | plan
+    out, lse = torch.full(q.shape, 777.0, dtype=q.dtype), torch.full((tokens, heads), 777.0)
+    if p["blocks"] == 0:
+        return out, lse
+    tensors = (q, k_cache, v_cache, out, lse, cu_q, kv_row, seg, q_end, mask, status)
+    pointers = [None if t is None else t.data_ptr() for t in tensors]
+    numbers = [tokens, heads, kv_heads, dim, rows, slots, batch, segments, *((0, 0) if mask is None else mask.shape[1:])]
+    for t, n in ((q, 3), (k_cache, 4), (v_cache, 4), (cu_q, 1), (kv_row, 1), (seg, 3), (q_end, 1), (mask, 3), (status, 1)):
+        numbers += [0] * n if t is None else [0 if i == 0 and t is mask and mask.shape[0] == 1 else s for i, s in enumerate(t.stride())]
+    numbers += [_TYPES[q.dtype], *p.values(), eager]
+    args = (c_void_p * len(pointers))(*pointers), (c_int64 * len(numbers))(*map(int, numbers))
+    if lib.emulated_block_attention(*args, scale * 1.4426950408889634) != 0:
+        raise RuntimeError(lib.emulated_error().decode())
+    return out, lse

@@ -192,7 +192,7 @@ class Plan {
 std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                            const Tensor& cu_q, const Tensor& kv_row, const Tensor& seg,
                                            const std::optional<Tensor>& q_end, const std::optional<Tensor>& mask,
-                                           double scale, std::optional<Tensor> status) {
+                                           double scale, std::optional<Tensor> status, bool /*batch_invariant*/) {
   check_block_attention(q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status);
   AttentionParams p{};
   p.q_heads = q.size(1), p.dim = q.size(2), p.group = p.q_heads / k_cache.size(1);

@@ -20,6 +20,13 @@ UNMASK_DEVICE int lane_id() { return static_cast<int>(threadIdx.x & 31u); }
 UNMASK_DEVICE int warp_in_block() { return static_cast<int>(threadIdx.x >> 5); }
 UNMASK_DEVICE int64_t block_index() { return blockIdx.x; }
 UNMASK_DEVICE void warp_sync() { __syncwarp(); }
+UNMASK_DEVICE void block_sync() { __syncthreads(); }
+UNMASK_DEVICE char* dynamic_shared() {  // what the launch asked for, 128-byte aligned
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+}
+UNMASK_DEVICE void device_fence() { __threadfence(); }
+UNMASK_DEVICE uint32_t device_count_up(uint32_t* counter) { return atomicAdd(counter, 1u); }  // the count before
 template <class T>
 UNMASK_DEVICE T warp_get(T v, int lane) {
   return __shfl_sync(kAllLanes, v, lane);
@@ -53,6 +60,7 @@ UNMASK_DEVICE Vec16 load16(const void* p) {
 // The same for memory that this kernel writes.
 UNMASK_DEVICE Vec16 load16_mutable(const void* p) { return *static_cast<const Vec16*>(p); }
 UNMASK_DEVICE void store16(void* p, const Vec16& v) { *static_cast<Vec16*>(p) = v; }
+UNMASK_DEVICE void store8(void* p, uint32_t low, uint32_t high) { *static_cast<uint2*>(p) = {low, high}; }
 
 UNMASK_DEVICE float float_of_half(uint16_t h) {
   float f;

@@ -18,6 +18,7 @@ def block_attention(
     mask: torch.Tensor | None,
     scale: float,
     status: torch.Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale * q . K) V per query token and head, over the keys that the token sees.
 
@@ -31,15 +32,16 @@ def block_attention(
 
     Returns out [T, Hq, D] (dense, q's dtype) and lse float32 [T, Hq], the natural logsumexp of the scaled scores. A token that sees no
     key, one outside every entry, and one of an entry with kv_row -1 (padding) gets out 0, lse -inf. NaN in K or V reaches only tokens
-    that see it. On a CPU the bits of a token depend on its own entry only: not on the batch, padding or thread count.
+    that see it. On a CPU the bits of a token depend on its own entry only: not on the batch, padding or thread count. On CUDA they do so
+    with batch_invariant=True; by default long prefixes of a small batch are split over more blocks, which changes the last bits.
 
     status: int32 [B] or None, bits are added: `Status.BAD_ROW` for kv_row >= R or < -1, `Status.BAD_SEGMENT` for a segment outside
     [0, S], for cu_q offsets outside [0, T] or below an earlier one, or for more than Qmax tokens with a mask. Such an entry reads
     nothing; its tokens get out 0, lse -inf. RuntimeError for wrong dtypes, devices, shapes, D, head counts or a scale that is not finite.
     """
-    return torch.ops.unmask.block_attention(q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status)
+    return torch.ops.unmask.block_attention(q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status, batch_invariant)
 
 
 @torch.library.register_fake("unmask::block_attention")
-def _(q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status=None):
+def _(q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status=None, batch_invariant=False):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)

@@ -43,7 +43,7 @@ def _check_arguments(q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale,
 
 
 def block_attention(
-    q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status=None
+    q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status=None, batch_invariant=False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `unmask.ops.block_attention`."""
     _check_arguments(q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status)
