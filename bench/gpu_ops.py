@@ -1,7 +1,9 @@
 """Ops on a GPU beside what torch offers, interleaved in one process, with the copy bandwidth of the same run beside them.
 
 Inputs rotate over more memory than the L2 cache holds; times are CUDA events around batches of calls, medians over interleaved rounds.
-`of copy` is bytes read and written over the time, divided by the measured copy rate.
+`of copy` is bytes read and written over the time, divided by the measured copy rate; `of matmul` is FLOPs over the time, divided by the
+rate of an 8192 x 8192 x 8192 product in bf16. Lines of block_attention: "SDPA" is torch's attention on K and V that lie ready, with the
+backend torch picks and with each one forced; "cat + SDPA" also appends the block's K and V to the past ones, as today's loops do.
 
     python bench/gpu_ops.py [--out bench/results]
     python bench/gpu_ops.py --dry-run      # small shapes on the CPU, one call each: does every case run?
@@ -24,13 +26,14 @@ from unmask import ops
 
 ROTATE_BYTES = 256 << 20
 ROUNDS = 9
+ATTENTION = ((1, 512), (1, 4096), (1, 32768), (8, 512), (8, 4096), (32, 4096))  # rows, prefix
 
 
 class Case:
-    """name; bytes moved by one call; calls: label -> function of a rotation index."""
+    """name; bytes moved by one call; calls: label -> function of a rotation index; flops of one call, where they matter."""
 
-    def __init__(self, name: str, moved: int, calls: dict[str, Callable[[int], object]]):
-        self.name, self.moved, self.calls = name, moved, calls
+    def __init__(self, name: str, moved: int, calls: dict[str, Callable[[int], object]], flops: int = 0):
+        self.name, self.moved, self.calls, self.flops = name, moved, calls, flops
 
 
 def rotating(make: Callable[[], torch.Tensor], dry: bool) -> list[torch.Tensor]:
@@ -100,6 +103,48 @@ def rope_append(tokens: int, heads: int, kv_heads: int, dry: bool, device: str) 
     return Case(f"rope_append {tokens} tokens, {heads}/{kv_heads} heads x {dim} bf16", 4 * tokens * (heads + 2 * kv_heads) * dim, calls)
 
 
+def attention(batch: int, heads: int, kv_heads: int, block: int, prefix: int, dry: bool, device: str) -> Case:
+    """A denoising step: `block` tokens a row against `prefix` cached keys and the block's own."""
+    dim, keys = 128, prefix + block
+    shape = (batch, kv_heads, keys, dim)
+    caches = rotating(lambda: torch.randn(2, *shape, device=device).bfloat16(), dry)
+    q = torch.randn(batch * block, heads, dim, device=device).bfloat16()
+    cu, row = torch.arange(batch + 1, device=device) * block, torch.arange(batch, device=device)
+    seg = torch.tensor([[[0, prefix], [prefix, block]]], device=device).expand(batch, 2, 2)
+    q4 = q.view(batch, block, heads, dim).transpose(1, 2)
+    gqa = heads != kv_heads
+
+    def ours(i: int, invariant: bool = False):
+        k, v = caches[i % len(caches)]
+        return ops.block_attention(q, k, v, cu, row, seg, None, None, dim**-0.5, batch_invariant=invariant)
+
+    def sdpa(i: int):
+        k, v = caches[i % len(caches)]
+        return torch.nn.functional.scaled_dot_product_attention(q4, k, v, enable_gqa=gqa)
+
+    def cat(i: int):
+        k, v = (torch.cat((x[:, :, :prefix], x[:, :, prefix:]), 2) for x in caches[i % len(caches)])
+        return torch.nn.functional.scaled_dot_product_attention(q4, k, v, enable_gqa=gqa)
+
+    calls = {"ours": ours, "ours, batch_invariant": lambda i: ours(i, True), "SDPA": sdpa, "cat + SDPA": cat}
+    if device == "cuda":
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+
+            def forced(i: int, backend=backend):
+                with sdpa_kernel(backend):
+                    return sdpa(i)
+
+            try:
+                forced(0)
+            except RuntimeError:
+                continue  # this backend does not take the shape
+            calls[f"SDPA {backend.name.split('_')[0].lower()}"] = forced
+    moved = 2 * batch * kv_heads * keys * dim * 2 + 2 * q.numel() * 2
+    return Case(f"block_attention {batch} x {block} on {prefix}, {heads}/{kv_heads} heads x {dim} bf16", moved, calls, 4 * q.numel() * keys)
+
+
 def rows(tokens: int, width: int, dry: bool, device: str) -> list[Case]:
     x = rotating(lambda: torch.randn(tokens, width, device=device).bfloat16(), dry)
     gate = rotating(lambda: torch.randn(tokens, 2 * width, device=device).bfloat16(), dry)
@@ -123,11 +168,13 @@ def rows(tokens: int, width: int, dry: bool, device: str) -> list[Case]:
 
 def cases(dry: bool, device: str) -> list[Case]:
     if dry:
-        return [logit_stats(2, 5000, dry, device), commit(2, 8, dry, device), rope_append(3, 4, 2, dry, device), *rows(2, 64, dry, device)]
+        return [logit_stats(2, 5000, dry, device), commit(2, 8, dry, device), rope_append(3, 4, 2, dry, device),
+                attention(2, 4, 2, 8, 40, dry, device), *rows(2, 64, dry, device)]  # fmt: skip
     return [
         *(logit_stats(n, v, dry, device) for n, v in ((32, 126_464), (256, 126_464), (1024, 126_464), (32, 152_064))),
         commit(64, 128, dry, device), commit(8, 32, dry, device),
         *(rope_append(t, h, kv, dry, device) for t, h, kv in ((32, 32, 32), (256, 32, 32), (32, 28, 4), (4096, 32, 32))),
+        *(attention(b, h, kv, 32, p, dry, device) for h, kv in ((32, 32), (28, 4), (16, 4)) for b, p in ATTENTION),
         *rows(32, 4096, dry, device), *rows(4096, 4096, dry, device),
     ]  # fmt: skip
 
@@ -162,6 +209,12 @@ def copy_rate() -> float:
     return 2 * a.numel() / min(time_call(lambda _: b.copy_(a), 10) for _ in range(5))
 
 
+def matmul_rate() -> float:
+    """FLOP per second of a large bf16 product, on random data."""
+    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    return 2 * 8192**3 / min(time_call(lambda _: a @ b, 10) for _ in range(5))
+
+
 def gpu_facts() -> dict[str, str]:
     fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
     line = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True, check=True).stdout
@@ -181,13 +234,14 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device; --dry-run checks the cases on the CPU")
-    rate, facts, origin = copy_rate(), gpu_facts(), machine.origin()
+    rate, products, facts, origin = copy_rate(), matmul_rate(), gpu_facts(), machine.origin()
     table = []
     with torch.inference_mode():
         for case in cases(False, "cuda"):
             times = measure(case)
             line: dict[str, object] = {"case": case.name, "ours": report.seconds(times["ours"])}
             line["of copy"] = case.moved / times["ours"] / rate
+            line["of matmul"] = case.flops / times["ours"] / products if case.flops else ""
             for label in list(times)[1:]:
                 line[f"x {label}"] = times[label] / times["ours"]
             table.append(line)
@@ -195,9 +249,9 @@ def main() -> None:
     slug = facts["name"].lower().replace(" ", "-")
     stem = args.out / f"gpu-ops-{slug}-{origin['date']}"
     head = f"{facts['name']}, driver {facts['driver_version']}, SM {facts['clocks.sm']} of {facts['clocks.max.sm']}, memory {facts['clocks.mem']}, "
-    head += f"torch {torch.__version__}, CUDA {torch.version.cuda}, commit {origin['commit']}; `{origin['command']}`; copy {rate / 1e12:.2f} TB/s"
+    head += f"torch {torch.__version__}, CUDA {torch.version.cuda}, commit {origin['commit']}; `{origin['command']}`; copy {rate / 1e12:.2f} TB/s, bf16 matmul {products / 1e12:.0f} TFLOP/s"
     stem.with_suffix(".md").write_text(f"# Ops on a GPU\n\n{head}\n\n{report.table(table)}\n")
-    stem.with_suffix(".json").write_text(json.dumps({"gpu": facts, "origin": origin, "copy_rate": rate, "rows": table}, indent=1, default=str) + "\n")
+    stem.with_suffix(".json").write_text(json.dumps({"gpu": facts, "origin": origin, "copy_rate": rate, "matmul_rate": products, "rows": table}, indent=1, default=str) + "\n")
     print(stem.with_suffix(".md").read_text())
 
 

@@ -40,7 +40,7 @@ def test_forward_logits(model):
 @pytest.mark.parametrize("sampler, run", RUNS)
 def test_run(model, sampler, run):
     args = dict(run["args"])
-    prompt = torch.tensor(run["prompt_ids"])
+    prompt = torch.tensor(run["prompt_ids"], device=model.device)
     forwards = []
     handle = model.register_forward_hook(lambda *_: forwards.append(1))
     try:

@@ -114,7 +114,7 @@ def test_resolved_settings(model):
 
 
 def test_load_arguments(tmp_path):
-    for kwargs, text in ((dict(dtype="float31"), "unknown dtype 'float31'; did you mean 'float32'"), (dict(device="tpu"), "device must be"), (dict(device="cuda"), "device must be 'cpu'")):
+    for kwargs, text in ((dict(dtype="float31"), "unknown dtype 'float31'; did you mean 'float32'"), (dict(device="tpu"), "device must be 'cpu', 'cuda' or 'cuda:N', got 'tpu'"), (dict(device="meta"), "device must be 'cpu', 'cuda' or 'cuda:N', got 'meta'"), (dict(device="cuda:99"), "device")):
         with pytest.raises(unmask.SettingError, match=text):
             unmask.load("tiny", **kwargs)
     with pytest.raises(unmask.ModelNotFound):

@@ -35,6 +35,9 @@ if(NOT UNMASK_CUDA STREQUAL "OFF" AND UNMASK_CUDA_SOURCES)
     # architectures of one file compile side by side.
     target_compile_options(_C_cuda PRIVATE -fmad=false -lineinfo -Xfatbin=-compress-all --threads=4 -Xcompiler=-fvisibility=hidden
       "-Xcompiler=-fmacro-prefix-map=${CMAKE_SOURCE_DIR}/=")
+    if(UNMASK_CUDA_STRICT)
+      target_compile_options(_C_cuda PRIVATE -Xptxas=-warn-spills,-Werror)
+    endif()
     foreach(arch ${UNMASK_CUDA_ARCHS})
       target_compile_options(_C_cuda PRIVATE "SHELL:-gencode arch=compute_${arch},code=sm_${arch}")
     endforeach()

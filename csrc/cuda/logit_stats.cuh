@@ -353,7 +353,7 @@ struct GroupScan {
 };
 
 template <FloatType kType, bool kSampled>
-UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, kSampled ? 4 : 5)
+UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, 4)
 stats_scan(const StatsJob job) {
   __shared__ uint32_t marks[kWarpsPerBlock][2][kMarkWords];
   const int warp = warp_in_block();

@@ -20,6 +20,7 @@ from .models.config import ModelConfig
 from .models.foreign import Foreign
 from .models.model import Model, build
 from .models.tokenizer import Tokenizer
+from .ops.info import cuda_archs
 from .prompts import Prompts, read_canvases, read_prompts
 from .result import Commit, Done, Result, Step
 from .settings import Settings
@@ -38,7 +39,7 @@ def load(
     """Loads a checkpoint: a folder, a Hugging Face id or cache path that is already on disk, or "tiny", the embedded model.
 
     source: looked for in that order (folder, Hugging Face cache, embedded); nothing is ever downloaded unless download=True.
-    dtype: torch.float32 or torch.bfloat16 (or their names); default: as stored. device: "cpu" (CUDA comes with the next release).
+    dtype: torch.float32 or torch.bfloat16 (or their names); default: as stored. device: "cpu", "cuda" or "cuda:N" (float16 too on CUDA; no GPU has run it yet, see the README's table).
     revision: which snapshot of a Hugging Face id. family, overrides: read the config as this family, replace fields of it, for example
     overrides={"mask_id": 126336}, where a checkpoint's own config lacks them.
     Raises ModelNotFound (naming the folders searched), CheckpointError (listing every problem of the files; nothing is partly loaded)
@@ -262,13 +263,24 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _device(device: torch.device | str) -> torch.device:
+    """The device named, if this torch and this build of the ops have it."""
+    allowed = "device must be 'cpu', 'cuda' or 'cuda:N'"
     try:
         target = torch.device(device)
     except (RuntimeError, TypeError) as e:
-        raise SettingError(f"device must be 'cpu', got {device!r}") from e
-    if target.type != "cpu":
-        raise SettingError(f"device must be 'cpu' in this release (CUDA kernels for the whole model are not finished), got {device!r}")
-    return target
+        raise SettingError(f"{allowed}, got {device!r}") from e
+    if target.type == "cpu":
+        return target
+    if target.type != "cuda":
+        raise SettingError(f"{allowed}, got {device!r}")
+    if not torch.cuda.is_available():
+        raise SettingError(f"device {device!r} needs a GPU and a CUDA build of torch; this torch ({torch.__version__}) sees none")
+    if not cuda_archs():
+        raise SettingError(f"device {device!r} needs CUDA kernels, and this unmask was built without nvcc (`unmask doctor`); build it again with nvcc on PATH")
+    count = torch.cuda.device_count()
+    if target.index is not None and target.index >= count:
+        raise SettingError(f"device must be below cuda:{count} on this machine, got {device!r}")
+    return torch.device("cuda", torch.cuda.current_device() if target.index is None else target.index)
 
 
 __all__ = ["Commit", "Done", "Model", "ModelConfig", "Result", "Step", "generate", "infill", "load", "ops", "stream"]

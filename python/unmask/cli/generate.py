@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     try:
         settings = Settings.from_kwargs(given)  # before the model is loaded: mistakes answer first
-        model = unmask.load(args.model, dtype=args.dtype, download=args.download)
+        model = unmask.load(args.model, dtype=args.dtype, device=args.device, download=args.download)
         events = unmask.stream(model, prompt, **given)
     except UnmaskError as e:
         return fail(args, e)

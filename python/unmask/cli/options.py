@@ -95,6 +95,7 @@ def _generate(commands) -> Parser:
         help="fetch the model if it is not on this machine (never done otherwise)",
     )
     p.add_argument("--dtype", help="float32 or bfloat16 (default: as stored)")
+    p.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     p.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
     p.add_argument(
         "--chat",

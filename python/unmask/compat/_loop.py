@@ -65,6 +65,8 @@ def run(
             check_ids(prompt, model.config.vocab_size, "prompt")
         except ValueError as error:
             raise SettingError(str(error)) from None
+        if prompt.device != model.device:
+            raise SettingError(f"the prompt must be on the model's device {model.device}, got {prompt.device}; move it: prompt.to(model.device)")
         if mask_id >= model.config.vocab_size:
             raise SettingError(
                 f"mask_id must be below the model's vocabulary size {model.config.vocab_size}, got {mask_id}; this model's is {model.config.mask_id}"

@@ -62,13 +62,15 @@ def cpu_has_bf16_dot() -> bool:
 
 
 def choose_format(dtype: torch.dtype, device: torch.device, n_params: int) -> Format:
-    """The fastest format whose weights fit: `UNMASK_GEMM=packed|packed_fp32|plain` forces one."""
+    """The fastest format whose weights fit: on the CPU `UNMASK_GEMM=packed|packed_fp32|plain` forces one."""
+    if device.type != "cpu":
+        return "plain"
     forced = os.environ.get("UNMASK_GEMM")
     if forced:
         if forced not in FORMATS:
             raise SettingError(f"UNMASK_GEMM must be one of {', '.join(FORMATS)}, got {forced!r}")
         return forced  # type: ignore[return-value]
-    if device.type != "cpu" or not packing_available(torch.float32):
+    if not packing_available(torch.float32):
         return "plain"
     if dtype is torch.float32:
         return "packed"
