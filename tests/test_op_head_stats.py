@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,8 @@ from hypothesis import strategies as st
 from unmask import ops
 from unmask.ops.head_stats import Head, head_stats
 from unmask.ops.info import Status
+
+module = sys.modules["unmask.ops.head_stats"]  # the name in the package is the function
 
 
 def make_head(vocab=9000, width=32, dtype=torch.float32, format="packed"):
@@ -52,6 +56,21 @@ def test_rows(data):
             assert got.token[e] == -1 and got.status[e] == 0 and bool((got.stats[e] == 0).all())
         else:
             assert torch.equal(got.stats[e], everything.stats[row]) and got.token[e] == everything.token[row]
+
+
+@pytest.mark.parametrize("options", [{}, dict(topk=3, temperature=0.7), dict(ids=True, bias=True)])
+@pytest.mark.parametrize("m, n", [(0, 5), (7, 0), (20, 3), (20, 700)])
+def test_the_way_without_host_reads_gives_the_same_bits(options, m, n, monkeypatch):
+    """What CUDA takes (here on CPU tensors): all entries computed in chunks, absent ones blanked."""
+    head, hidden = make_head(9000), torch.randn(m, 32)
+    rows = torch.randint(-3, m + 2, (n,))
+    key = dict(seed=torch.arange(n), step=torch.arange(n) % 3, pos=torch.arange(n) + 5)
+    ids, bias = (torch.randint(0, 9000, (n, 2)), torch.randn(n, 2)) if "ids" in options else (None, None)
+    shared = dict(forbid=torch.tensor([3]), suppress=None, topk=options.get("topk", 0), temperature=options.get("temperature", 0.0))
+    per_entry = dict(bias_ids=ids, bias=bias, ids=ids, **key)
+    want = module._live_entries(hidden, head, rows, shared, per_entry)
+    monkeypatch.setattr(module, "LOGITS_BYTES", 200 * head.tile * 4)
+    same(module._all_entries(hidden, head, rows, shared, per_entry), want)
 
 
 def test_bad_rows_and_errors():

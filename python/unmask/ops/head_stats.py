@@ -14,6 +14,7 @@ from .linear import Format, Linear, pad_rows
 from .logit_stats import CHUNK, LogitStats, new_state, stats_finish, stats_tile
 
 TILE = 8192
+LOGITS_BYTES = 16 << 20  # of one tile, alive at a time, where the rows are not counted on the host (CUDA)
 
 
 class Head:
@@ -57,38 +58,77 @@ def head_stats(
     """Statistics of `hidden @ head.T` for chosen rows, without ever storing the logits.
 
     hidden: [M, d] in the head's dtype. rows: int64 [T'] rows of hidden, -1 = none (default: all). Everything else as in `logit_stats`,
-    per entry of `rows`. Returns LogitStats over T' entries. Rows computed: only those >= 0, padded to a multiple of 16, so that an entry
-    has the same bits alone and in any batch.
+    per entry of `rows`. Returns LogitStats over T' entries. On the CPU only rows >= 0 are computed, padded to a multiple of 16, so that an
+    entry has the same bits alone and in any batch; on CUDA all entries are, without a host read.
     """
     if hidden.dim() != 2 or hidden.shape[1] != head.width:
         raise RuntimeError(f"head_stats: hidden must be [M, d] = [any, {head.width}], got {list(hidden.shape)}")
     if hidden.dtype != head.dtype:
         raise RuntimeError(f"head_stats: hidden must be {head.dtype}, got {hidden.dtype}")
-    m = hidden.shape[0]
     if rows is None:
-        rows = torch.arange(m, device=hidden.device)
-    live = torch.nonzero((rows >= 0) & (rows < m)).flatten()  # CPU: no sync to fear; the CUDA op of the next issue keeps the list on device
-    n, n_live = rows.shape[0], live.shape[0]
-    take = (lambda t: None if t is None else t.index_select(0, live)) if n_live != n else (lambda t: t)
-    x = _padded(hidden.index_select(0, rows.index_select(0, live)), pad_rows(n_live))
-    state = new_state(n_live, hidden.device)
-    per_entry = dict(bias_ids=take(bias_ids), bias=take(bias), ids=take(ids), seed=take(seed), step=take(step), pos=take(pos))
-    id_logit = None
-    if ids is not None:
-        id_logit = torch.full((n_live, ids.shape[1]), float("-inf"), device=hidden.device)
-    if n_live:
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+    shared = dict(forbid=forbid, suppress=suppress, topk=topk, temperature=temperature)
+    per_entry = dict(bias_ids=bias_ids, bias=bias, ids=ids, seed=seed, step=step, pos=pos)
+    return (_live_entries if hidden.device.type == "cpu" else _all_entries)(hidden, head, rows, shared, per_entry)
+
+
+def _live_entries(hidden: torch.Tensor, head: Head, rows: torch.Tensor, shared: dict, per_entry: dict) -> LogitStats:
+    """Computes the entries that have a row, which the host must count: for the CPU, where that is no wait."""
+    m, n = hidden.shape[0], rows.shape[0]
+    live = torch.nonzero((rows >= 0) & (rows < m)).flatten()
+    if live.shape[0] == n:
+        return _reduce(hidden.index_select(0, rows), head, shared, per_entry)
+    taken = {name: None if t is None else t.index_select(0, live) for name, t in per_entry.items()}
+    part = _reduce(hidden.index_select(0, rows.index_select(0, live)), head, shared, taken)
+
+    def spread(value: torch.Tensor) -> torch.Tensor:
+        out = value.new_zeros((n, *value.shape[1:]))
+        out[live] = value
+        return out
+
+    return _absent(LogitStats(*(spread(value) for value in part)), rows, m)
+
+
+def _all_entries(hidden: torch.Tensor, head: Head, rows: torch.Tensor, shared: dict, per_entry: dict) -> LogitStats:
+    """Computes every entry and blanks those without a row: nothing is read by the host, and a CUDA graph can capture it. At most
+    LOGITS_BYTES of logits are alive."""
+    m, n = hidden.shape[0], rows.shape[0]
+    if n == 0 or m == 0:
+        return _absent(_reduce(hidden.new_zeros((n, head.width)), head, shared, per_entry), rows, m)
+    at_once = max(16, LOGITS_BYTES // (head.tile * hidden.element_size()))
+    parts = []
+    for begin in range(0, n, at_once):
+        some = slice(begin, begin + at_once)
+        taken = {name: None if t is None else t[some] for name, t in per_entry.items()}
+        parts.append(_reduce(hidden.index_select(0, rows[some].clamp(0, m - 1)), head, shared, taken))
+    return _absent(LogitStats(*(torch.cat(tensors) for tensors in zip(*parts, strict=True))), rows, m)
+
+
+def _reduce(x: torch.Tensor, head: Head, shared: dict, per_entry: dict) -> LogitStats:
+    """The statistics of every row of x [n, d], tile by tile; x is padded so that a row has the same bits in any batch."""
+    n, ids = x.shape[0], per_entry["ids"]
+    state = new_state(n, x.device)
+    id_logit = None if ids is None else torch.full((n, ids.shape[1]), float("-inf"), device=x.device)
+    if n:
         offset = 0
-        x = head.tiles[0].prepared(x)
+        x = head.tiles[0].prepared(_padded(x, pad_rows(n)))
         for tile in head.tiles:
-            logits = tile(x)[:n_live]
-            stats_tile(
-                logits, state, id_logit, offset=offset, vocab=head.vocab_size, forbid=forbid, suppress=suppress, topk=topk, temperature=temperature, **per_entry
-            )
+            stats_tile(tile(x)[:n], state, id_logit, offset=offset, vocab=head.vocab_size, **shared, **per_entry)
             offset += tile.out_features
-    result = stats_finish(state, id_logit, topk)
-    if n_live == n:
-        return result
-    return _scatter(result, live, rows, m)
+    return stats_finish(state, id_logit, shared["topk"])
+
+
+def _absent(result: LogitStats, rows: torch.Tensor, m: int) -> LogitStats:
+    """Entries without a row read as `rows == -1` does in logit_stats; those out of range get their status. No host read."""
+    from .info import Status
+
+    none, bad = ((rows < 0) | (rows >= m))[:, None], ((rows < -1) | (rows >= m))[:, None]
+    ids = torch.where(none, -1, result.ids)
+    values = torch.where(bad, float("nan"), torch.where(none, 0.0, result.values))
+    status = torch.where(bad[:, 0], int(Status.BAD_ROW), torch.where(none[:, 0], 0, result.status)).to(torch.int32)
+    blank = LogitStats(ids, values, status)
+    blank.topk_logit.masked_fill_(none, float("-inf"))
+    return blank
 
 
 def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
@@ -98,25 +138,3 @@ def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
     out = x.new_zeros((rows, x.shape[1]))
     out[: x.shape[0]] = x
     return out
-
-
-def _scatter(part: LogitStats, live: torch.Tensor, rows: torch.Tensor, m: int) -> LogitStats:
-    """Spreads the computed entries over all T' entries; the others read as `rows == -1` does in logit_stats."""
-    from .info import Status
-
-    n = rows.shape[0]
-
-    def spread(value: torch.Tensor, fill: float | int) -> torch.Tensor:
-        out = value.new_full((n, *value.shape[1:]), fill)
-        out[live] = value
-        return out
-
-    status, ids, values = spread(part.status, 0), spread(part.ids, -1), spread(part.values, 0.0)
-    bad = (rows < -1) | (rows >= m)
-    status[bad] = int(Status.BAD_ROW)
-    values[bad] = float("nan")
-    absent = torch.ones(n, dtype=torch.bool, device=rows.device)
-    absent[live] = False
-    result = LogitStats(ids, values, status)
-    result.topk_logit[absent] = float("-inf")
-    return result
