@@ -29,7 +29,7 @@ UNMASK_DEVICE bool is_lost(const RopeParams& p, int64_t t, bool v) {
 }
 
 // The launch before a long call: one warp per token fills both flags.
-UNMASK_KERNEL_BOUNDS(kRopeWarps * 32, 8) rope_find_lost(const RopeParams p, uint8_t* k_lost, uint8_t* v_lost) {
+UNMASK_KERNEL_BOUNDS(kRopeWarps * 32, 6) rope_find_lost(const RopeParams p, uint8_t* k_lost, uint8_t* v_lost) {
   const int64_t t = block_index() * kRopeWarps + warp_in_block();
   if (t >= p.tokens) return;
   const bool k = is_lost(p, t, false), v = p.v_slot == p.slot ? k : is_lost(p, t, true);
