@@ -32,15 +32,19 @@ class Block {
     return block;
   }
 
-  void run(int64_t block, int warps, int64_t shared_bytes, const std::function<void()>& kernel) {
-    block_ = block;
-    lanes_.resize(static_cast<size_t>(warps) * 32);
-    boxes_.resize(static_cast<size_t>(warps) * 2);
-    shared_.assign(static_cast<size_t>(shared_bytes) + 128, static_cast<char>(0xFF));
+  // Runs blocks [block, block + cluster) side by side.
+  void run(int64_t block, int cluster, int warps, int64_t shared_bytes, const std::function<void()>& kernel) {
+    first_block_ = block;
+    block_lanes_ = warps * 32;
+    const int all = cluster * block_lanes_;
+    lanes_.resize(static_cast<size_t>(all));
+    boxes_.resize(static_cast<size_t>(all / 16));
+    shared_bytes_ = (static_cast<size_t>(shared_bytes) + 127) / 128 * 128;
+    shared_.assign(shared_bytes_ * static_cast<size_t>(cluster) + 128, static_cast<char>(0xFF));
+    block_barriers_.assign(static_cast<size_t>(cluster), {});
+    cluster_barrier_ = {};
     kernel_ = &kernel;
     error_.clear();
-    waiting_ = 0, round_ = 0;
-    const int all = warps * 32;
     for (lane_ = 0; lane_ < all; ++lane_) {
       Lane& lane = self();
       if (!lane.stack) lane.stack.reset(new char[kStack]);
@@ -88,28 +92,26 @@ class Block {
     return box.value;
   }
 
-  // Every lane of the block.
-  void barrier() {
-    const int64_t round = round_;
-    ++self().steps;
-    if (++waiting_ == static_cast<int>(lanes_.size())) waiting_ = 0, ++round_;
-    do leave();  // the last one too, so that the lanes of its warp stay in step
-    while (round_ == round);
-    ++self().steps;
-  }
+  // Every lane of the block, or of all blocks that run side by side.
+  void barrier() { wait_at(block_barriers_[static_cast<size_t>(lane_ / block_lanes_)], block_lanes_); }
+  void cluster_barrier() { wait_at(cluster_barrier_, static_cast<int>(lanes_.size())); }
 
   void error(const std::string& text) {
     if (error_.empty()) error_ = text;
     leave();
   }
   int lane() const { return lane_ % 32; }
-  int warp() const { return lane_ / 32; }
-  int64_t block() const { return block_; }
-  char* shared() { return shared_.data() + (128 - reinterpret_cast<uintptr_t>(shared_.data()) % 128) % 128; }
+  int warp() const { return lane_ % block_lanes_ / 32; }
+  int64_t block() const { return first_block_ + lane_ / block_lanes_; }
+  char* shared() { return shared_of(lane_ / block_lanes_); }
+  char* shared_of(int rank) {
+    char* first = shared_.data() + (128 - reinterpret_cast<uintptr_t>(shared_.data()) % 128) % 128;
+    return first + static_cast<size_t>(rank) * shared_bytes_;
+  }
 
   // Asynchronous copies of the running lane, made as late as allowed (when it waits for them) or at once.
   void copy_later(char* to, const char* from, bool read) {
-    if (to < shared() || to + 16 > shared_.data() + shared_.size()) error("a copy to a place outside of shared memory");
+    if (to < shared() || to + 16 > shared() + shared_bytes_) error("a copy to a place outside of shared memory");
     self().copies.push_back({to, from, read});
     if (eager_copies) finish(self().copies.back());
   }
@@ -146,6 +148,18 @@ class Block {
     int64_t turn[32];
     Payload value[32];
   };
+  struct Barrier {
+    int waiting = 0;
+    int64_t round = 0;
+  };
+  void wait_at(Barrier& b, int lanes) {
+    const int64_t round = b.round;
+    ++self().steps;
+    if (++b.waiting == lanes) b.waiting = 0, ++b.round;
+    do leave();  // the last one too, so that the lanes of its warp stay in step
+    while (b.round == round);
+    ++self().steps;
+  }
   static void finish(const Copy& c) {
     if (c.read) std::memcpy(c.to, c.from, 16);
     else std::memset(c.to, 0, 16);
@@ -176,8 +190,11 @@ class Block {
   jmp_buf main_;
   const std::function<void()>* kernel_ = nullptr;
   std::string error_;
-  int lane_ = 0, waiting_ = 0;
-  int64_t block_ = 0, round_ = 0;
+  std::vector<Barrier> block_barriers_;
+  Barrier cluster_barrier_;
+  size_t shared_bytes_ = 0;
+  int lane_ = 0, block_lanes_ = 32;
+  int64_t first_block_ = 0;
 };
 
 inline int lane_id() { return Block::now().lane(); }
@@ -186,6 +203,11 @@ inline int64_t block_index() { return Block::now().block(); }
 inline void warp_sync() { Block::now().exchange(1, {}); }
 inline void block_sync() { Block::now().barrier(); }
 inline char* dynamic_shared() { return Block::now().shared(); }
+constexpr bool kHasClusters = true;
+inline void cluster_sync() { Block::now().cluster_barrier(); }
+inline const char* cluster_shared(const char* mine, int rank) {
+  return mine - Block::now().shared() + Block::now().shared_of(rank);
+}
 inline void device_fence() {}
 inline uint32_t device_count_up(uint32_t* counter) { return (*counter)++; }
 
@@ -264,9 +286,10 @@ inline float exp2_approx(float y) {
 inline float max_drop_nan(float a, float b) { return std::fmax(a, b); }
 inline float max_keep_nan(float a, float b) { return a != a ? a : b != b ? b : std::fmax(a, b); }
 
-// All blocks of a launch, one after the other.
-inline void emulate(int64_t blocks, int warps, const std::function<void()>& kernel, int64_t shared_bytes = 0) {
-  for (int64_t b = 0; b < blocks; ++b) Block::now().run(b, warps, shared_bytes, kernel);
+// All blocks of a launch, one cluster after the other.
+inline void emulate(int64_t blocks, int warps, const std::function<void()>& kernel, int64_t shared_bytes = 0,
+                    int cluster = 1) {
+  for (int64_t b = 0; b < blocks; b += cluster) Block::now().run(b, cluster, warps, shared_bytes, kernel);
 }
 
 // Runs f; 1 and the text of the exception behind emulated_error() if it throws.

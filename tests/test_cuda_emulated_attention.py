@@ -25,7 +25,7 @@ def on_emulated_warps(**plan):
     return lambda *args: emulated.block_attention(*args, **plan)
 
 
-def cut(call: Call, row_warps: int = 0, splits: int = 1, least: int = 64, **more):
+def cut(call: Call, row_warps: int = 0, splits: int = 1, least: int = 64, cluster: bool = False, **more):
     """emulated.block_attention with another cut of the work than the plan's own (row_warps 0: the plan's tile)."""
     tokens, heads, dim = call.q.shape
     rows, kv_heads, slots, _ = call.k_cache.shape
@@ -38,7 +38,7 @@ def cut(call: Call, row_warps: int = 0, splits: int = 1, least: int = 64, **more
     shared = max(stages * 2 * 64 * padded * 2, 64 * (padded + 10) * 4)
     return on_emulated_warps(
         row_warps=tile // 16, row_tile=tile, splits=splits, min_split_keys=least, tiles=count, blocks=blocks,
-        partial_floats=blocks * tile * (padded + 2), stages=stages, shared_bytes=shared, **more,
+        cluster=cluster, partial_floats=0 if cluster else blocks * tile * (padded + 2), stages=stages, shared_bytes=shared, **more,
     )  # fmt: skip
 
 
@@ -65,17 +65,20 @@ def test_matches_float64(dim, group, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("row_warps", [1, 2, 4])
-@pytest.mark.parametrize("stages", [2, 3, 4])
-@pytest.mark.parametrize("splits", [1, 2, 4])
+@pytest.mark.parametrize("row_warps, stages", [(1, 2), (1, 3), (2, 3), (2, 4), (4, 4), (4, 2)])
+@pytest.mark.parametrize("splits", [1, 4])
 def test_any_cut_gives_the_same_result(dtype, row_warps, stages, splits):
-    dim = 64 if stages % 2 else 128
+    dim = 64 if stages == 3 else 128
     call = build(counts=(5, 40, 1), heads=4, kv_heads=2, dim=dim, rows=3, slots=420, segs=((3, 290), (300, 67)), dtype=dtype)
     call.seg[2] = torch.tensor([[0, 63], [70, 2]])
     call.q_end = random_ends(call)
     call.q_end[:3] = 10**9
     for eager in (False, True):
-        assert_exact_enough(call, cut(call, row_warps, splits, stages=stages, eager=eager))
+        fn = cut(call, row_warps, splits, stages=stages, eager=eager)
+        assert_exact_enough(call, fn)
+    if splits > 1:  # a cluster merges to the same bits as the workspace
+        for a, b in zip(run(call, fn), run(call, cut(call, row_warps, splits, stages=stages, cluster=True)), strict=True):
+            assert a is b or torch.equal(a, b)
 
 
 @pytest.mark.parametrize("keys", [0, 1, 31, 33, 63, 64, 65, 257, 1025])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from emulated import H200, attention_plan, split_keys
 
-A100, ADA, SM120 = (108, 166912, 167936), (128, 101376, 102400), (170, 101376, 102400)
+A100, ADA, SM120 = (108, 166912, 167936, False), (128, 101376, 102400, False), (170, 101376, 102400, True)
 DEVICES = {"H200": H200, "A100": A100, "sm_89": ADA, "sm_120": SM120}
 
 
@@ -16,7 +16,7 @@ DEVICES = {"H200": H200, "A100": A100, "sm_89": ADA, "sm_120": SM120}
 @pytest.mark.parametrize("dim", [8, 64, 72, 128])
 @pytest.mark.parametrize("tokens", [1, 16, 17, 32, 64, 4096])
 def test_shared_memory_fits_the_device(device, dim, tokens):
-    multiprocessors, per_block, _ = DEVICES[device]
+    _, per_block, *_ = DEVICES[device]
     plan = attention_plan(tokens, 1, 32, 32, dim, 4096, 2, device=DEVICES[device])
     assert plan["tensor_cores"] and plan["dim"] == (64 if dim <= 64 else 128)
     assert 2 <= plan["stages"] <= 4 and plan["shared_bytes"] <= per_block
@@ -75,7 +75,9 @@ def test_the_grid_holds_every_tile(counts, heads, slots, segments, half, invaria
     assert plan["tiles"] >= max(needed, 1 if counts else 0)
     assert plan["tiles"] <= max(1, needed + len(counts))
     assert plan["blocks"] == plan["tiles"] * kv_heads * plan["splits"]
-    assert plan["partial_floats"] == (plan["blocks"] * plan["row_tile"] * (plan["dim"] + 2) if plan["splits"] > 1 else 0)
+    assert plan["cluster"] == (1 < plan["splits"] <= 8)
+    through_memory = plan["splits"] > 8
+    assert plan["partial_floats"] == (plan["blocks"] * plan["row_tile"] * (plan["dim"] + 2) if through_memory else 0)
     if not invariant:  # the workspace stays small: splits only where blocks are few
         assert plan["splits"] == 1 or plan["blocks"] <= 4 * 2 * H200[0]
 
@@ -86,6 +88,11 @@ def test_splits_cover_all_keys_in_whole_tiles(keys, splits, least):
     assert each % 64 == 0 and each >= least and each * splits >= keys
     used = max(1, -(-keys // each))
     assert used <= splits and (used == 1 or keys > each * (used - 1))
+
+
+def test_devices_without_clusters_merge_through_the_workspace():
+    plan = attention_plan(32, 1, 32, 32, 128, 4096, 1, device=A100)
+    assert plan["splits"] == 4 and not plan["cluster"] and plan["partial_floats"] == plan["blocks"] * 32 * 130
 
 
 def test_sizes_beyond_32_bits_do_not_wrap():

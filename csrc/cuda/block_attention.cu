@@ -15,21 +15,22 @@ namespace {
 
 constexpr const char* kOp = "block_attention";
 
-// What the plan needs to know of the current device; asked once, three int reads of the driver's table a device.
+// What the plan needs to know of the current device; asked once, four ints of the driver's table a device.
 AttentionDevice current_device(const Launch& launch) {
   constexpr int kMost = 64;
-  static std::atomic<int> known[kMost][3];
-  static constexpr cudaDeviceAttr kAsked[3] = {cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                               cudaDevAttrMaxSharedMemoryPerMultiprocessor};
-  int device = 0, value[3];
+  static std::atomic<int> known[kMost][4];
+  static constexpr cudaDeviceAttr kAsked[4] = {cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                               cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+                                               cudaDevAttrComputeCapabilityMajor};
+  int device = 0, value[4];
   launch.check(cudaGetDevice(&device));
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < 4; ++i) {
     value[i] = device < kMost ? known[device][i].load(std::memory_order_relaxed) : 0;
     if (value[i] != 0) continue;
     launch.check(cudaDeviceGetAttribute(&value[i], kAsked[i], device));
     if (device < kMost) known[device][i].store(value[i], std::memory_order_relaxed);
   }
-  return {value[0], value[1], value[2]};
+  return {value[0], value[1], value[2], value[3] >= 9};
 }
 
 bool divisible(const Tensor& t, int64_t bytes) {  // base and all strides but the last; the last dimension is dense
@@ -105,9 +106,9 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k_cach
   if (plan.blocks > INT32_MAX)
     fail(kOp, "too much for one launch: " + std::to_string(plan.blocks) + " blocks of work, at most 2147483647");
   job.row_tile = plan.row_tile, job.splits = plan.splits, job.min_split_keys = plan.min_split_keys,
-  job.stages = plan.stages;
+  job.stages = plan.stages, job.cluster = plan.cluster;
   std::optional<Tensor> partial, tickets;  // live until the launch; torch's allocator keeps the memory in stream order
-  if (plan.splits > 1) {
+  if (plan.partial_floats > 0) {
     const int64_t units = plan.blocks / plan.splits;
     partial = torch::stable::new_empty(q, {plan.partial_floats}, std::make_optional(ScalarType::Float));
     tickets = torch::stable::new_empty(q, {units}, std::make_optional(ScalarType::Int));

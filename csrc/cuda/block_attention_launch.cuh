@@ -14,8 +14,17 @@ void launch_attention_tiles(const AttentionJob& job, const AttentionPlan& plan, 
   // above 48 KB a kernel must be told; the setting belongs to the current device, so it is made at every launch
   launch.check(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)));
-  kernel<<<static_cast<unsigned>(plan.blocks), kAttentionWarps * 32, static_cast<size_t>(plan.shared_bytes),
-           launch.stream>>>(job);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(plan.splits), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = {static_cast<unsigned>(plan.blocks), 1, 1};
+  config.blockDim = {kAttentionWarps * 32, 1, 1};
+  config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
+  config.stream = launch.stream;
+  config.attrs = &cluster;
+  config.numAttrs = plan.cluster ? 1 : 0;
+  launch.check(cudaLaunchKernelEx(&config, kernel, job));
   launch.check();
 }
 

@@ -42,7 +42,7 @@ class AttentionWarp {
     find_ends();
   }
 
-  // All of split `split`; the block's state then lies in shared memory, see row_state().
+  // Keys [first_key, last_key) of the entry; the block's state then lies in shared memory, see row_state().
   UNMASK_DEVICE void run(int64_t first_key, int64_t last_key) {
     const int64_t end = last_key < most_ ? last_key : most_;  // keys that any row of the tile sees
     const int64_t tiles = end > first_key ? (end - first_key + kTileKeys - 1) / kTileKeys : 0;
@@ -66,13 +66,18 @@ class AttentionWarp {
     block_sync();
   }
 
-  // Merged over the warps that share the row, in order: maximum, sum and elements [d, d + 4) of the output, which are not divided by the sum.
-  UNMASK_DEVICE void row_state(int row, int d, float* m, float* l, float (&o)[4]) const {
-    *m = neg_inf(), *l = 0.0f;
+  // Of what the block at `shared` left: maximum of a row, over the warps that share it.
+  static UNMASK_DEVICE float row_max(const char* shared, int row) {
+    float m = neg_inf();
+    for (int w = 0; w < kKeyWarps; ++w) m = max_drop_nan(m, left(shared, row, w)[kDim]);
+    return m;
+  }
+  // Maximum, sum and elements [d, d + 4) of the output, not divided by the sum; warps in order.
+  static UNMASK_DEVICE void row_state(const char* shared, int row, int d, float* m, float* l, float (&o)[4]) {
+    *m = row_max(shared, row), *l = 0.0f;
     o[0] = o[1] = o[2] = o[3] = 0.0f;
-    for (int w = 0; w < kKeyWarps; ++w) *m = max_drop_nan(*m, left(row, w)[kDim]);
     for (int w = 0; w < kKeyWarps; ++w) {
-      const float* part = left(row, w);
+      const float* part = left(shared, row, w);
       const float weight = exp2_approx(part[kDim] - safe_max(*m));
       *l = UNMASK_FMA(weight, part[kDim + 1], *l);
 #pragma unroll
@@ -84,8 +89,8 @@ class AttentionWarp {
   static constexpr int kColumns = kWarpKeys / 8;  // of S, in 8-key blocks
   static constexpr int kLeftStride = kDim + 8 + 2;
   // a warp leaves O with stride kDim + 8 + 2 floats: rows g and g + 1 are 10 (mod 32) banks apart, pairs t 2 apart
-  UNMASK_DEVICE float* left(int row, int key_warp) const {
-    return reinterpret_cast<float*>(shared_) + (static_cast<int64_t>(key_warp) * kRows + row) * kLeftStride;
+  static UNMASK_DEVICE const float* left(const char* shared, int row, int key_warp) {
+    return reinterpret_cast<const float*>(shared) + (static_cast<int64_t>(key_warp) * kRows + row) * kLeftStride;
   }
 
   // How many keys the tile's rows see at least and at most, and this lane's two rows.
@@ -314,7 +319,7 @@ class AttentionWarp {
       float l = l_[h];  // this lane's share so far
       l = l + warp_get_xor(l, 1);
       l = l + warp_get_xor(l, 2);
-      float* row = left(row_warp_ * 16 + g + 8 * h, key_warp_);
+      float* row = const_cast<float*>(left(shared_, row_warp_ * 16 + g + 8 * h, key_warp_));
 #pragma unroll
       for (int d = 0; d < kDim / 8; ++d) row[d * 8 + 2 * t] = o_[d][2 * h], row[d * 8 + 2 * t + 1] = o_[d][2 * h + 1];
       if (t == 0) row[kDim] = m_[h], row[kDim + 1] = l;
@@ -364,17 +369,38 @@ attention_tiles(const AttentionJob j) {
   if (!tile.found) return;
   const int64_t each = split_keys(tile.keys, j.splits, j.min_split_keys), first_key = split * each;
   const int64_t used = tile.keys <= each ? 1 : (tile.keys + each - 1) / each;
-  if (split >= used) return;
+  const bool cluster = kHasClusters && j.cluster;
+  if (split >= used && !cluster) return;
 
-  AttentionWarp<kType, kDim, kRowWarps> warp(j, tile, kv_head, shared);
-  warp.run(first_key, first_key + each < tile.keys ? first_key + each : tile.keys);
+  using Warp = AttentionWarp<kType, kDim, kRowWarps>;
+  const int64_t end_key = first_key + each < tile.keys ? first_key + each : tile.keys;
+  if (split < used) Warp(j, tile, kv_head, shared).run(first_key, end_key);
   const int thread = warp_in_block() * 32 + lane_id(), d = thread % kPerRow * 4;
+  if (cluster) {  // every block merges its share of the rows, all splits in order: the same sums as through the workspace
+    cluster_sync();
+    const int stride = kAtOnce * static_cast<int>(j.splits);
+    for (int row = thread / kPerRow + kAtOnce * static_cast<int>(split); row < tile.rows; row += stride) {
+      float m = neg_inf(), l = 0.0f, o[4] = {};
+      for (int s = 0; s < used; ++s) m = max_drop_nan(m, Warp::row_max(cluster_shared(shared, s), row));
+      for (int s = 0; s < used; ++s) {
+        float part_m, part_l, part[4];
+        Warp::row_state(cluster_shared(shared, s), row, d, &part_m, &part_l, part);
+        const float weight = exp2_approx(part_m - safe_max(m));
+        l = UNMASK_FMA(weight, part_l, l);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) o[i] = UNMASK_FMA(weight, part[i], o[i]);
+      }
+      write_row<kType>(j, tile, kv_head, row, d, m, l, o);
+    }
+    cluster_sync();  // a block's shared memory lives until all have read it
+    return;
+  }
   const auto partial = [&](int64_t s) {
     return Partial<kDim>{j.partial + (unit * j.splits + s) * j.row_tile * partial_row_floats(kDim), j.row_tile};
   };
   for (int row = thread / kPerRow; row < tile.rows; row += kAtOnce) {
     float m, l, o[4];
-    warp.row_state(row, d, &m, &l, o);
+    Warp::row_state(shared, row, d, &m, &l, o);
     if (used == 1) {
       write_row<kType>(j, tile, kv_head, row, d, m, l, o);
       continue;

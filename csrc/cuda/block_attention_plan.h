@@ -15,6 +15,7 @@ constexpr int64_t kMinSplitKeys = 256;  // a shorter split costs more in merging
 constexpr int64_t kInvariantSplitKeys = 2048;
 constexpr int64_t kMaxSplits = 32;
 constexpr int64_t kInvariantSplits = 8;
+constexpr int64_t kClusterBlocks = 8;  // every device with clusters takes that many blocks
 
 struct AttentionShape {
   int64_t tokens, batch, q_heads, kv_heads, dim, slots, segments;
@@ -25,6 +26,7 @@ struct AttentionShape {
 
 struct AttentionDevice {
   int64_t multiprocessors, shared_per_block, shared_per_multiprocessor;  // bytes; per block: the most one may ask for
+  bool clusters;  // sm_90 and later
 };
 
 struct AttentionPlan {
@@ -37,7 +39,8 @@ struct AttentionPlan {
   int64_t min_split_keys;
   int64_t tiles;  // most row tiles that the entries can have together
   int64_t blocks;  // tiles x kv heads x splits
-  int64_t partial_floats;  // workspace of split results; 0 without splits
+  bool cluster;  // the splits of a tile are one cluster and merge through its shared memory; else through the workspace
+  int64_t partial_floats;  // workspace of split results; 0 without splits and in a cluster
 };
 
 // Floats that one row leaves in the workspace: its output, maximum and sum.
@@ -86,7 +89,8 @@ inline AttentionPlan plan_attention(const AttentionShape& s, const AttentionDevi
     }
   }
   p.blocks = p.tiles * s.kv_heads * p.splits;
-  if (p.splits > 1) p.partial_floats = p.blocks * p.row_tile * partial_row_floats(p.dim);
+  p.cluster = device.clusters && p.splits > 1 && p.splits <= kClusterBlocks;
+  if (p.splits > 1 && !p.cluster) p.partial_floats = p.blocks * p.row_tile * partial_row_floats(p.dim);
   return p;
 }
 

@@ -22,7 +22,8 @@ struct AttentionJob {
   Strided<int32_t> status;  // may be null
   float scale;  // of the scores, times log2(e): the softmax works in powers of two
   int64_t row_tile, splits, min_split_keys, stages;
-  float* partial;  // [tile][kv head][split][row tile][D' + 2], null without splits
+  bool cluster;  // the blocks of a tile's splits are one cluster
+  float* partial;  // [tile][kv head][split][row tile][D' + 2], null where a cluster merges or nothing is split
   uint32_t* tickets;  // [tile][kv head], zero before the launch
 };
 

@@ -25,6 +25,22 @@ UNMASK_DEVICE char* dynamic_shared() {  // what the launch asked for, 128-byte a
   extern __shared__ __align__(128) char memory[];
   return memory;
 }
+// Clusters, sm_90 and later: a barrier of all their threads, and the place of a pointer into shared memory in another block.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kHasClusters = true;
+UNMASK_DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+UNMASK_DEVICE const char* cluster_shared(const char* mine, int rank) {
+  uint64_t there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(mine), "r"(rank));
+  return reinterpret_cast<const char*>(there);
+}
+#else
+constexpr bool kHasClusters = false;
+UNMASK_DEVICE void cluster_sync() {}
+UNMASK_DEVICE const char* cluster_shared(const char* mine, int) { return mine; }
+#endif
 UNMASK_DEVICE void device_fence() { __threadfence(); }
 UNMASK_DEVICE uint32_t device_count_up(uint32_t* counter) { return atomicAdd(counter, 1u); }  // the count before
 template <class T>
