@@ -41,16 +41,16 @@ extern "C" {
 void attention_plan(const int64_t* n, int64_t* out) {
   const AttentionPlan p = plan_attention({n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7] != 0, n[8] != 0, n[9] != 0},
                                          {n[10], n[11], n[12], n[13] != 0});
-  const int64_t fields[] = {p.tensor_cores, p.dim,          p.row_warps, p.row_tile,
-                            p.stages,       p.shared_bytes, p.splits,    p.min_split_keys,
-                            p.tiles,        p.blocks,       p.cluster,   p.partial_floats};
+  const int64_t fields[] = {p.tensor_cores, p.dim,         p.row_warps,     p.row_tile,       p.stages,
+                            p.shared_bytes, p.blocks_each, p.splits,        p.min_split_keys, p.tiles,
+                            p.blocks,       p.cluster,     p.partial_floats};
   std::copy(std::begin(fields), std::end(fields), out);
 }
 int64_t attention_split_keys(int64_t keys, int64_t splits, int64_t least) { return split_keys(keys, splits, least); }
 
 // pointers: q, k_cache, v_cache, out, lse, cu_q, kv_row, seg, q_end, mask, status
 // numbers: T, Hq, Hkv, D, R, S, B, G, Qmax, W; strides of q (3), k_cache (4), v_cache (4), cu_q, kv_row, seg (3), q_end, mask (3), status;
-//          type (0 fp32, 1 bf16, 2 fp16); the 12 fields of the plan; whether asynchronous copies arrive at once
+//          type (0 fp32, 1 bf16, 2 fp16); the 13 fields of the plan; whether asynchronous copies arrive at once and the last warp runs ahead
 int emulated_block_attention(void** at, const int64_t* n, float scale) {
   AttentionJob j{};
   j.q = at[0], j.k = at[1], j.v = at[2], j.out = at[3], j.lse = static_cast<float*>(at[4]);
@@ -68,10 +68,20 @@ int emulated_block_attention(void** at, const int64_t* n, float scale) {
   j.scale = scale;
   const int64_t type = n[21];
   n += 22;
-  const AttentionPlan p{
-      n[0] != 0, static_cast<int>(n[1]), static_cast<int>(n[2]), n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10] != 0,
-      n[11]};
-  Block::now().eager_copies = n[12] != 0;
+  const AttentionPlan p{n[0] != 0,
+                        static_cast<int>(n[1]),
+                        static_cast<int>(n[2]),
+                        n[3],
+                        n[4],
+                        n[5],
+                        n[6],
+                        n[7],
+                        n[8],
+                        n[9],
+                        n[10],
+                        n[11] != 0,
+                        n[12]};
+  Block::now().eager_copies = Block::now().last_warp_first = n[13] != 0;
   j.cluster = p.cluster;
   j.row_tile = p.row_tile, j.splits = p.splits, j.min_split_keys = p.min_split_keys, j.stages = p.stages;
   std::vector<float> partial(static_cast<size_t>(p.partial_floats) + 4, std::numeric_limits<float>::quiet_NaN());

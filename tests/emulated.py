@@ -198,7 +198,7 @@ def rope_append(q, k, v, k_cache, v_cache, row, pos, slot, v_slot, q_weight, k_w
     return out
 
 
-PLAN = ("tensor_cores", "dim", "row_warps", "row_tile", "stages", "shared_bytes", "splits", "min_split_keys", "tiles", "blocks", "cluster", "partial_floats")
+PLAN = ("tensor_cores", "dim", "row_warps", "row_tile", "stages", "shared_bytes", "blocks_each", "splits", "min_split_keys", "tiles", "blocks", "cluster", "partial_floats")
 H200 = (132, 232448, 233472, True)  # multiprocessors; bytes of shared memory per block and per multiprocessor; clusters
 
 

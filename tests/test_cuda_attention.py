@@ -8,15 +8,22 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from attention_cases import (
+    DTYPES,
+    Call,
+    assert_exact_enough,
+    assert_matches_the_definition_at,
+    build,
+    calls,
+    entry,
+    layouts,
+    random_ends,
+    run,
+)
 from native import native
 from on_gpu import op_on_gpu, to_cuda
-from strided import relayout
-from test_op_block_attention import DTYPES, FLOOR, Call, build, entry, in_library, random_ends, run
-from unmask import reference
 from unmask.ops import Status
-from unmask.reference.block_attention import attend
 
 pytestmark = pytest.mark.usefixtures("cuda")
 HALF = (torch.bfloat16, torch.float16)
@@ -38,17 +45,6 @@ def invariant(*args):
     return gpu(*args, batch_invariant=True)
 
 
-def assert_exact_enough(call: Call, fn=gpu) -> None:
-    exact, exact_lse = attend(*call.args(), wide=torch.float64)
-    out, lse, _ = run(call, fn)
-    assert torch.isfinite(out).all()
-    error, theirs = (x.double().sub(exact).abs().max().item() if x.numel() else 0.0 for x in (out, in_library(call)))
-    assert error <= 2 * theirs + FLOOR[call.q.dtype], (error, theirs)
-    assert torch.equal(torch.isinf(lse), torch.isinf(exact_lse))
-    finite = torch.isfinite(exact_lse)
-    torch.testing.assert_close(lse[finite].double(), exact_lse[finite], rtol=1e-5, atol=2e-5)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("dim", "group"), [(8, 1), (24, 4), (64, 1), (64, 7), (96, 8), (128, 1), (128, 4), (128, 7), (136, 2), (256, 2)])
 def test_matches_float64(dim, group, dtype):
@@ -57,9 +53,9 @@ def test_matches_float64(dim, group, dtype):
         for fn in (gpu, invariant):
             assert_exact_enough(call, fn)
         call.q_end = random_ends(call)
-        assert_exact_enough(call)
+        assert_exact_enough(call, gpu)
         call.mask = torch.rand(len(counts), max(counts), 30) < 0.5
-        assert_exact_enough(call)
+        assert_exact_enough(call, gpu)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -74,39 +70,13 @@ def test_lengths_and_splits(keys, dtype):
 def test_a_prefix_of_128k(dtype):
     keys = 131072
     call = build(counts=(32,), heads=2, kv_heads=1, dim=128, rows=1, slots=keys + 32, segs=((0, keys), (keys, 32)), dtype=dtype)
-    assert_exact_enough(call)
+    assert_exact_enough(call, gpu)
 
 
-@given(st.data())
+@given(calls(most_tokens=40, most_slots=600, most_dim=136), layouts())
 @settings(max_examples=200, deadline=None)
-def test_any_call_at_any_layout(data):
-    dtype = data.draw(st.sampled_from(DTYPES))
-    kv_heads, group = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 4))
-    counts = data.draw(st.lists(st.integers(0, 40), max_size=3))
-    slots, dim = data.draw(st.integers(1, 600)), 8 * data.draw(st.integers(1, 17))
-    call = build(counts, kv_heads * group, kv_heads, dim, 2, slots, (), dtype, data.draw(st.integers(0, 2**31)))
-    batch, tokens = len(counts), sum(counts)
-    one = st.tuples(st.integers(0, slots), st.integers(0, slots)).map(lambda x: (min(x), max(x) - min(x)))
-    segments = data.draw(st.integers(0, 3))
-    call.seg = torch.tensor(
-        [data.draw(st.lists(one, min_size=segments, max_size=segments)) for _ in range(batch)], dtype=torch.int64
-    ).reshape(batch, segments, 2)
-    call.kv_row = torch.tensor([data.draw(st.integers(-2, 2)) for _ in range(batch)], dtype=torch.int64)
-    if data.draw(st.booleans()):
-        call.q_end = torch.randint(-3, 3 * slots, (tokens,))
-    if data.draw(st.booleans()):
-        call.mask = torch.rand(data.draw(st.sampled_from([1, batch])), 40, data.draw(st.integers(0, 40))) < 0.6
-    call.status = torch.zeros(batch, dtype=torch.int32)
-    expected, expected_lse, status = run(call, reference.block_attention)
-    strided = replace(call)
-    for name in ("q", "k_cache", "v_cache", "cu_q", "kv_row", "seg", "q_end", "mask", "status"):
-        t = getattr(call, name)
-        if t is not None and t.numel():
-            setattr(strided, name, relayout(t, data.draw(st.sampled_from(("dense", "dense", "offset", "step", "gap", "transposed")))))
-    out, lse = gpu(*strided.args())
-    assert torch.equal(strided.status, status)
-    torch.testing.assert_close(out.float(), expected.float(), rtol=0, atol=max(5e-6, 4 * torch.finfo(dtype).eps))
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=3e-5)
+def test_any_call_at_any_layout(call, how):
+    assert_matches_the_definition_at(call, how, gpu)
 
 
 def long_call(dtype: torch.dtype) -> Call:

@@ -9,11 +9,22 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import emulated
-from strided import relayout
-from test_op_block_attention import DTYPES, FLOOR, Call, build, entry, in_library, random_ends, run
+from attention_cases import (
+    DTYPES,
+    FLOOR,
+    Call,
+    assert_exact_enough,
+    assert_matches_the_definition_at,
+    build,
+    calls,
+    entry,
+    in_library,
+    layouts,
+    random_ends,
+    run,
+)
 from unmask import reference
 from unmask.ops import Status
 from unmask.reference.block_attention import attend
@@ -35,22 +46,11 @@ def cut(call: Call, row_warps: int = 0, splits: int = 1, least: int = 64, cluste
     count = max(1, (tokens * heads // kv_heads + batch * (tile - 1)) // tile)
     blocks = count * kv_heads * splits
     padded, stages = 64 if dim <= 64 else 128, more.pop("stages", plan["stages"])
-    shared = max(stages * 2 * 64 * padded * 2, 64 * (padded + 10) * 4)
+    shared = max(stages * 2 * 64 * padded * 2, 64 * (padded + 8) * 4)
     return on_emulated_warps(
         row_warps=tile // 16, row_tile=tile, splits=splits, min_split_keys=least, tiles=count, blocks=blocks,
         cluster=cluster, partial_floats=0 if cluster else blocks * tile * (padded + 2), stages=stages, shared_bytes=shared, **more,
     )  # fmt: skip
-
-
-def assert_exact_enough(call: Call, fn) -> None:
-    exact, exact_lse = attend(*call.args(), wide=torch.float64)
-    out, lse, _ = run(call, fn)
-    assert torch.isfinite(out).all()
-    error, theirs = (x.double().sub(exact).abs().max().item() if x.numel() else 0.0 for x in (out, in_library(call)))
-    assert error <= 2 * theirs + FLOOR[call.q.dtype], (error, theirs)
-    assert torch.equal(torch.isinf(lse), torch.isinf(exact_lse))
-    finite = torch.isfinite(exact_lse)
-    torch.testing.assert_close(lse[finite].double(), exact_lse[finite], rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,38 +114,10 @@ def test_matches_the_definition(sizes, dtype):
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=2e-5)
 
 
-@given(st.data())
+@given(calls(), layouts())
 @settings(max_examples=200)
-def test_any_call_at_any_layout(data):
-    dtype = data.draw(st.sampled_from(DTYPES))
-    kv_heads, group = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 4))
-    counts = data.draw(st.lists(st.integers(0, 9), max_size=3))
-    slots = data.draw(st.integers(1, 130))
-    dim = 8 * data.draw(st.integers(1, 6))
-    call = build(counts, kv_heads * group, kv_heads, dim, 2, slots, (), dtype, data.draw(st.integers(0, 2**31)))
-    batch, tokens = len(counts), sum(counts)
-    one = st.tuples(st.integers(0, slots), st.integers(0, slots)).map(lambda x: (min(x), max(x) - min(x)))
-    segments = data.draw(st.integers(0, 3))
-    call.seg = torch.tensor(
-        [data.draw(st.lists(one, min_size=segments, max_size=segments)) for _ in range(batch)], dtype=torch.int64
-    ).reshape(batch, segments, 2)
-    call.kv_row = torch.tensor([data.draw(st.integers(-2, 2)) for _ in range(batch)], dtype=torch.int64)
-    if data.draw(st.booleans()):
-        ends = data.draw(st.lists(st.integers(-3, 3 * slots), min_size=tokens, max_size=tokens))
-        call.q_end = torch.tensor(ends, dtype=torch.int64)
-    if data.draw(st.booleans()):
-        call.mask = torch.rand(data.draw(st.sampled_from([1, batch])), 9, data.draw(st.integers(0, 40))) < 0.6
-    call.status = torch.zeros(batch, dtype=torch.int32)
-    expected, expected_lse, status = run(call, reference.block_attention)
-    strided = replace(call)
-    for name in ("q", "k_cache", "v_cache", "cu_q", "kv_row", "seg", "q_end", "mask", "status"):
-        t = getattr(call, name)
-        if t is not None and t.numel():
-            setattr(strided, name, relayout(t, data.draw(st.sampled_from(("dense", "dense", "offset", "step", "gap", "transposed")))))
-    out, lse = emulated.block_attention(*strided.args())
-    assert torch.equal(strided.status, status)
-    torch.testing.assert_close(out.float(), expected.float(), rtol=0, atol=max(5e-6, 4 * torch.finfo(dtype).eps))
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=3e-5)
+def test_any_call_at_any_layout(call, how):
+    assert_matches_the_definition_at(call, how, emulated.block_attention)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -159,6 +131,13 @@ def test_batch_invariant_rows(dtype):
     assert emulated.attention_plan(26, 4, 4, 2, 64, 4400, 2, batch_invariant=True)["splits"] > 1
     assert_exact_enough(call, fixed)
     out, lse, _ = run(call, fixed)
+    roomy = replace(  # more slots and an empty segment more: another capacity, the same keys
+        call,
+        k_cache=torch.cat((call.k_cache, call.k_cache), 2),
+        v_cache=torch.cat((call.v_cache, call.v_cache), 2),
+        seg=torch.cat((call.seg, torch.zeros(4, 1, 2, dtype=torch.int64)), 1),
+    )
+    assert torch.equal(run(roomy, fixed)[0], out)
     for b in range(4):
         begin, end = int(call.cu_q[b]), int(call.cu_q[b + 1])
         part = run(entry(call, b), fixed)
@@ -202,6 +181,17 @@ def test_an_invalid_cache_row_reaches_only_its_readers(which, bad, dtype):
         if math.isnan(bad):
             assert out[touched].isnan().any(-1).all()
             assert which == "v_cache" or lse[touched].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_whose_scores_are_all_minus_infinity_is_zero(dtype):
+    call = build(counts=(3,), heads=2, kv_heads=1, dim=64, rows=1, slots=100, segs=((0, 100),), dtype=dtype)
+    call.q = call.q.abs() + 0.1
+    call.k_cache.fill_(-math.inf)
+    call.v_cache[0, 0, 7] = math.nan
+    for fn in (on_emulated_warps(), cut(call, 2, 4, cluster=True)) if dtype in HALF else (on_emulated_warps(),):
+        out, lse, _ = run(call, fn)
+        assert (out == 0).all() and torch.isneginf(lse).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

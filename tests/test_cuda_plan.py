@@ -20,7 +20,7 @@ def test_shared_memory_fits_the_device(device, dim, tokens):
     plan = attention_plan(tokens, 1, 32, 32, dim, 4096, 2, device=DEVICES[device])
     assert plan["tensor_cores"] and plan["dim"] == (64 if dim <= 64 else 128)
     assert 2 <= plan["stages"] <= 4 and plan["shared_bytes"] <= per_block
-    if device in ("H200", "A100"):
+    if plan["blocks_each"] == 2:
         assert 2 * (plan["shared_bytes"] + 1024) <= DEVICES[device][2]  # two blocks live on one multiprocessor
 
 
@@ -38,10 +38,18 @@ def test_splits_fill_the_machine_but_stay_long_enough():
     assert attention_plan(32, 1, 32, 32, 128, 4096, 1)["splits"] == 8  # 32 blocks of work, 264 wanted
     assert attention_plan(32, 1, 32, 32, 128, 512, 1)["splits"] == 2  # no split below 256 keys
     assert attention_plan(256, 8, 32, 32, 128, 4096, 1)["splits"] == 1
-    assert attention_plan(32, 1, 28, 4, 128, 32768, 1)["splits"] == 16
+    assert attention_plan(32, 1, 28, 4, 128, 32768, 1)["splits"] == 8  # as many as a cluster takes
+    assert attention_plan(32, 1, 28, 4, 128, 32768, 1, device=A100)["splits"] == 8  # 16 x 8 blocks of 216 that can run
     assert attention_plan(1, 1, 1, 1, 128, 131072, 1)["splits"] == 32
+    assert attention_plan(32, 1, 32, 32, 128, 4096, 1, device=ADA)["splits"] == 4  # one block a multiprocessor
     fixed = [attention_plan(32 * b, b, 32, 32, 128, 32768, 1, batch_invariant=True)["splits"] for b in (1, 8, 64)]
     assert fixed == [8, 8, 8]
+    for keys in range(1, 20000, 61):  # the splits of an entry follow from its own keys, whatever the capacity
+        cuts = set()
+        for slots, segments in ((keys, 1), (keys, 2), (keys, 3), (2 * keys + 5, 1), (10 * keys, 3)):
+            plan = attention_plan(32, 1, 8, 8, 64, slots, segments, batch_invariant=True)
+            cuts.add(split_keys(keys, plan["splits"], plan["min_split_keys"]))
+        assert len(cuts) == 1, (keys, cuts)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +83,7 @@ def test_the_grid_holds_every_tile(counts, heads, slots, segments, half, invaria
     assert plan["tiles"] >= max(needed, 1 if counts else 0)
     assert plan["tiles"] <= max(1, needed + len(counts))
     assert plan["blocks"] == plan["tiles"] * kv_heads * plan["splits"]
-    assert plan["cluster"] == (1 < plan["splits"] <= 8)
+    assert plan["cluster"] == (1 < plan["splits"] <= 8)  # an H200
     through_memory = plan["splits"] > 8
     assert plan["partial_floats"] == (plan["blocks"] * plan["row_tile"] * (plan["dim"] + 2) if through_memory else 0)
     if not invariant:  # the workspace stays small: splits only where blocks are few

@@ -4,108 +4,41 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+import attention_cases
+from attention_cases import (
+    DTYPES,
+    FLOOR,
+    Call,
+    assert_matches_the_definition_at,
+    build,
+    calls,
+    entry,
+    in_library,
+    layouts,
+    random_ends,
+)
 from native import native
 from strided import ALL_LAYOUTS, relayout
 from unmask import ops, reference
 from unmask.ops import Status
 from unmask.reference.block_attention import attend
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FLOOR = {torch.float32: 2e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}  # of outputs of size ~1
 kernel = native("block_attention")
 
 
-@dataclass
-class Call:
-    """The op's arguments, in order."""
-
-    q: torch.Tensor
-    k_cache: torch.Tensor
-    v_cache: torch.Tensor
-    cu_q: torch.Tensor
-    kv_row: torch.Tensor
-    seg: torch.Tensor
-    q_end: torch.Tensor | None
-    mask: torch.Tensor | None
-    scale: float
-    status: torch.Tensor | None = None
-
-    def args(self) -> tuple:
-        return tuple(getattr(self, f.name) for f in fields(self))
-
-
-def build(counts=(5, 7), heads=4, kv_heads=2, dim=16, rows=3, slots=64, segs=((0, 40), (50, 9)), dtype=torch.float32, seed=0) -> Call:
-    """One entry per count, each with the segments `segs` of its own cache row."""
-    g = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=g).to(dtype)
-
-    cu = torch.tensor([0, *counts]).cumsum(0)
-    batch = len(counts)
-    return Call(
-        draw(int(cu[-1]), heads, dim),
-        draw(rows, kv_heads, slots, dim),
-        draw(rows, kv_heads, slots, dim),
-        cu,
-        torch.arange(batch) % max(rows, 1),
-        torch.tensor(segs, dtype=torch.int64).reshape(1, -1, 2).repeat(batch, 1, 1),
-        None,
-        None,
-        dim**-0.5,
-    )
-
-
-def run(call: Call, fn=kernel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    status = None if call.status is None else call.status.clone()
-    out, lse = fn(*replace(call, status=status).args())
-    return out, lse, status
-
-
-def in_library(call: Call) -> torch.Tensor:
-    """What torch's own attention gives for the call (q_end and mask as a boolean mask), entry by entry, in the call's dtype."""
-    out = torch.zeros_like(call.q)
-    group = call.q.shape[1] // call.k_cache.shape[1]
-    for b, row in enumerate(call.kv_row.tolist()):
-        begin, end = int(call.cu_q[b]), int(call.cu_q[b + 1])
-        index = torch.cat([torch.arange(s, s + n) for s, n in call.seg[b].tolist()])
-        k, v = (c[row][:, index].repeat_interleave(group, 0)[None] for c in (call.k_cache, call.v_cache))
-        seen = torch.ones(end - begin, len(index), dtype=torch.bool)
-        if call.q_end is not None:
-            seen &= torch.arange(len(index)) < call.q_end[begin:end, None]
-        if call.mask is not None:
-            w = min(len(index), call.mask.shape[2])
-            part = call.mask[b if call.mask.shape[0] > 1 else 0, : end - begin, call.mask.shape[2] - w :]
-            seen[:, len(index) - w :] &= part
-        q = call.q[begin:end].transpose(0, 1)[None]
-        result = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[None, None], scale=call.scale)[0].transpose(0, 1)
-        out[begin:end] = result.masked_fill(~seen.any(1)[:, None, None], 0.0)
-    return out
+def run(call: Call, fn=kernel):
+    return attention_cases.run(call, fn)
 
 
 def assert_exact_enough(call: Call) -> None:
-    """Error against float64 at most twice that of torch's attention in the same dtype, plus a floor."""
-    exact, exact_lse = attend(*call.args(), wide=torch.float64)
-    out, lse, _ = run(call)
-    assert out.dtype == call.q.dtype and out.is_contiguous() and lse.dtype == torch.float32 and torch.isfinite(out).all()
-    error, theirs = (x.double().sub(exact).abs().max().item() if x.numel() else 0.0 for x in (out, in_library(call)))
-    assert error <= 2 * theirs + FLOOR[call.q.dtype], (error, theirs)
-    assert torch.equal(torch.isinf(lse), torch.isinf(exact_lse))
-    finite = torch.isfinite(exact_lse)
-    torch.testing.assert_close(lse[finite].double(), exact_lse[finite], rtol=1e-5, atol=2e-5)
-
-
-def random_ends(call: Call) -> torch.Tensor:
-    keys = int(call.seg[0, :, 1].sum())
-    return torch.randint(-1, keys + 3, (call.q.shape[0],))
+    attention_cases.assert_exact_enough(call, kernel)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -148,38 +81,9 @@ def test_matches_the_definition(sizes, dtype):
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=2e-5)
 
 
-@given(st.data())
-def test_any_call_at_any_layout(data):
-    dtype = data.draw(st.sampled_from(DTYPES))
-    kv_heads, group = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 4))
-    counts = data.draw(st.lists(st.integers(0, 9), max_size=3))
-    slots = data.draw(st.integers(1, 130))
-    call = build(
-        counts, kv_heads * group, kv_heads, 8 * data.draw(st.integers(1, 6)), 2, slots, (), dtype, data.draw(st.integers(0, 2**31))
-    )
-    batch, tokens = len(counts), sum(counts)
-    cut = st.tuples(st.integers(0, slots), st.integers(0, slots)).map(lambda x: (min(x), max(x) - min(x)))
-    segments = data.draw(st.integers(0, 3))
-    call.seg = torch.tensor(
-        [data.draw(st.lists(cut, min_size=segments, max_size=segments)) for _ in range(batch)], dtype=torch.int64
-    ).reshape(batch, segments, 2)
-    call.kv_row = torch.tensor([data.draw(st.integers(-1, 1)) for _ in range(batch)], dtype=torch.int64)
-    if data.draw(st.booleans()):
-        ends = data.draw(st.lists(st.integers(-3, 3 * slots), min_size=tokens, max_size=tokens))
-        call.q_end = torch.tensor(ends, dtype=torch.int64)
-    if data.draw(st.booleans()):
-        call.mask = torch.rand(data.draw(st.sampled_from([1, batch])), 9, data.draw(st.integers(0, 40))) < 0.6
-    call.status = torch.zeros(batch, dtype=torch.int32)
-    expected, expected_lse, status = run(call, reference.block_attention)
-    strided = replace(call)
-    for name in ("q", "k_cache", "v_cache", "cu_q", "kv_row", "seg", "q_end", "mask", "status"):
-        t = getattr(call, name)
-        if t is not None and t.numel():
-            setattr(strided, name, relayout(t, data.draw(st.sampled_from(("dense", "offset", "step", "gap", "transposed")))))
-    out, lse = kernel(*strided.args())
-    assert out.is_contiguous() and torch.equal(strided.status, status)
-    torch.testing.assert_close(out.float(), expected.float(), rtol=0, atol=max(5e-6, 4 * torch.finfo(dtype).eps))
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=3e-5)
+@given(calls(), layouts())
+def test_any_call_at_any_layout(call, how):
+    assert_matches_the_definition_at(call, how, kernel)
 
 
 @given(st.sampled_from(ALL_LAYOUTS), st.sampled_from(DTYPES), st.sampled_from([16, 64, 128]))
@@ -223,19 +127,6 @@ def test_beyond_one_split(keys, dtype, threads):
     assert torch.equal(run(call)[0], one[0]) and torch.equal(run(call)[1], one[1])
     call.q_end = torch.tensor([2, keys])  # the first token has seen nothing of the later splits
     assert_exact_enough(call)
-
-
-def entry(call: Call, b: int) -> Call:
-    begin, end = int(call.cu_q[b]), int(call.cu_q[b + 1])
-    return replace(
-        call,
-        q=call.q[begin:end],
-        cu_q=torch.tensor([0, end - begin]),
-        kv_row=call.kv_row[b : b + 1],
-        seg=call.seg[b : b + 1],
-        q_end=None if call.q_end is None else call.q_end[begin:end],
-        mask=None if call.mask is None or call.mask.shape[0] == 1 else call.mask[b : b + 1],
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

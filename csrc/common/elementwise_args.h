@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "common/check.h"
+#include "common/elementwise_params.h"
 
 namespace unmask {
 
@@ -19,6 +20,20 @@ inline void check_rms_norm(const char* op, const Tensor* residual, const Tensor&
   check.shape(weight, "weight", "[D]", {x.size(1)});
   if (residual) check.writable(*residual, "residual");
   check.require(std::isfinite(eps) && eps >= 0.0, "eps", "finite and >= 0", eps);
+}
+
+// x and weight with dense rows; dtype: as NormParams counts, for kernels that ask.
+inline NormParams norm_params(const Tensor& x, const Tensor* residual, const Tensor& weight, const Tensor& out,
+                              int64_t dtype, double eps) {
+  return {x.const_data_ptr(),
+          residual ? residual->mutable_data_ptr() : nullptr,
+          weight.const_data_ptr(),
+          out.mutable_data_ptr(),
+          x.stride(0),
+          residual ? residual->stride(0) : 0,
+          x.size(1),
+          dtype,
+          static_cast<float>(eps)};
 }
 
 inline void check_silu_mul(const Tensor& gate_up) {

@@ -1,7 +1,6 @@
 // rms_norm(x[T, D], weight[D], eps) -> [T, D];  add_rms_norm(residual[T, D] in place, x, weight, eps) -> [T, D];
 // silu_mul(gate_up[T, 2F]) -> [T, F].  Rows are split over threads; rows whose elements are not dense are made so first.
-#include <torch/csrc/stable/ops.h>
-
+#include "common/dense.h"
 #include "common/elementwise_args.h"
 #include "common/register.h"
 #include "cpu/alloc.h"
@@ -16,24 +15,12 @@ constexpr int64_t kNormGrain = 65536, kSiluGrain = 32768;
 
 int64_t grain_rows(int64_t grain, int64_t width) { return width > 0 ? (grain + width - 1) / width : grain; }
 
-bool dense_rows(const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1; }
-
-Tensor dense(const Tensor& t) { return dense_rows(t) ? t : torch::stable::contiguous(t); }
-
 Tensor norm(const Tensor& x, Tensor* residual, const Tensor& weight, double eps) {
   const int64_t rows = x.size(0), dim = x.size(1);
   Tensor out = empty_as<2>({rows, dim}, x);
   if (rows == 0 || dim == 0) return out;
   const Tensor xd = dense(x), wd = dense(weight);
-  const NormParams p{xd.const_data_ptr(),
-                     residual ? residual->mutable_data_ptr() : nullptr,
-                     wd.const_data_ptr(),
-                     out.mutable_data_ptr(),
-                     xd.stride(0),
-                     residual ? residual->stride(0) : 0,
-                     dim,
-                     dtype_code(x),
-                     static_cast<float>(eps)};
+  const NormParams p = norm_params(xd, residual, wd, out, dtype_code(x), eps);
   const auto kernel = UNMASK_KERNEL(rms_norm_rows);
   parallel_for(rows, grain_rows(kNormGrain, dim), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return out;

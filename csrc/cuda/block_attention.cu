@@ -1,5 +1,5 @@
-// block_attention on CUDA: checks (the CPU's own), outputs, the plan, one launch; with splits a memset of their counters before it. Device
-// code: block_attention_mma.cuh (bf16, fp16), block_attention_plain.cuh (all else); the cut of the work: block_attention_plan.h.
+// block_attention on CUDA: checks (the CPU's own), outputs, the plan, one launch; a memset of counters before it where splits merge through
+// the workspace. Device code: block_attention_mma.cuh (bf16, fp16), block_attention_plain.cuh (all else); the cut of the work: block_attention_plan.h.
 #include <atomic>
 
 #include <torch/csrc/stable/ops.h>

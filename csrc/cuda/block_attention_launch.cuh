@@ -14,6 +14,8 @@ void launch_attention_tiles(const AttentionJob& job, const AttentionPlan& plan, 
   // above 48 KB a kernel must be told; the setting belongs to the current device, so it is made at every launch
   launch.check(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)));
+  launch.check(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(plan.splits), 1, 1};

@@ -52,13 +52,15 @@ class AttentionWarp {
       copy_async_commit();
     }
     load_queries();
+    int stage = 0, fill = stages - 1;
     for (int64_t i = 0; i < tiles; ++i) {
       wait_for_oldest(stages);
       block_sync();  // this tile has arrived for every thread, and every warp is done with the one before
-      const int64_t next = i + stages - 1;
-      if (next < tiles) copy_tile(static_cast<int>(next % stages), first_key + next * kTileKeys, end);
+      if (i + stages - 1 < tiles) copy_tile(fill, first_key + (i + stages - 1) * kTileKeys, end);
       copy_async_commit();
-      attend(shared_ + i % stages * kStageBytes, first_key + i * kTileKeys + key_warp_ * kWarpKeys, end);
+      attend(shared_ + stage * kStageBytes, first_key + i * kTileKeys + key_warp_ * kWarpKeys, end);
+      if (++stage == stages) stage = 0;
+      if (++fill == stages) fill = 0;
     }
     copy_async_wait<0>();
     block_sync();  // the stages become the place where warps leave their rows
@@ -79,16 +81,17 @@ class AttentionWarp {
     for (int w = 0; w < kKeyWarps; ++w) {
       const float* part = left(shared, row, w);
       const float weight = exp2_approx(part[kDim] - safe_max(*m));
+      const Vec16 x = load16_mutable(part + d);
       *l = UNMASK_FMA(weight, part[kDim + 1], *l);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) o[i] = UNMASK_FMA(weight, part[d + i], o[i]);
+      for (int i = 0; i < 4; ++i) o[i] = UNMASK_FMA(weight, float_of_bits(x.w[i]), o[i]);
     }
   }
 
  private:
   static constexpr int kColumns = kWarpKeys / 8;  // of S, in 8-key blocks
-  static constexpr int kLeftStride = kDim + 8 + 2;
-  // a warp leaves O with stride kDim + 8 + 2 floats: rows g and g + 1 are 10 (mod 32) banks apart, pairs t 2 apart
+  static constexpr int kLeftStride = kDim + 8;
+  // O, then maximum and sum; rows g and g + 1 are 8 banks apart
   static UNMASK_DEVICE const float* left(const char* shared, int row, int key_warp) {
     return reinterpret_cast<const float*>(shared) + (static_cast<int64_t>(key_warp) * kRows + row) * kLeftStride;
   }
@@ -96,6 +99,7 @@ class AttentionWarp {
   // How many keys the tile's rows see at least and at most, and this lane's two rows.
   UNMASK_DEVICE void find_ends() {
     const int g = lane_id() / 4;
+#pragma unroll
     for (int h = 0; h < 2; ++h) view_[h] = row_view(j_, tile_, row_warp_ * 16 + g + 8 * h);
     least_ = most_ = tile_.keys;
     if (j_.q_end) {
@@ -155,6 +159,8 @@ class AttentionWarp {
 
   // This warp's keys of one tile, the first of them number `key` of the entry. Keys from `end` on are zeros in shared memory.
   UNMASK_DEVICE void attend(const char* stage, int64_t key, int64_t end) {
+    if (key >= end) return;
+    warp_sync();  // lanes may have parted at a border of segments
     float s[kColumns][4];
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
@@ -321,7 +327,8 @@ class AttentionWarp {
       l = l + warp_get_xor(l, 2);
       float* row = const_cast<float*>(left(shared_, row_warp_ * 16 + g + 8 * h, key_warp_));
 #pragma unroll
-      for (int d = 0; d < kDim / 8; ++d) row[d * 8 + 2 * t] = o_[d][2 * h], row[d * 8 + 2 * t + 1] = o_[d][2 * h + 1];
+      for (int d = 0; d < kDim / 8; ++d)
+        store8(row + d * 8 + 2 * t, bits_of_float(o_[d][2 * h]), bits_of_float(o_[d][2 * h + 1]));
       if (t == 0) row[kDim] = m_[h], row[kDim + 1] = l;
     }
   }
@@ -346,11 +353,12 @@ UNMASK_DEVICE void write_row(const AttentionJob& j, const RowTile& tile, int64_t
                              float l, const float (&o)[4]) {
   const int64_t r = tile.row_begin + row, head = kv_head * j.group + r % j.group;
   const int64_t at = (tile.q_begin + r / j.group) * j.q_heads + head;
-  const float by = l == 0.0f ? 0.0f : 1.0f / l;
+  const float by = 1.0f / l;
   if (d == 0) j.lse[at] = natural_lse(m, l);
   if (d >= j.dim) return;  // D is a multiple of 8
+  const bool none = l == 0.0f;  // then o may be 0 x NaN
   const uint32_t low = packed_pair<kType>(o[0] * by, o[1] * by), high = packed_pair<kType>(o[2] * by, o[3] * by);
-  store8(static_cast<uint16_t*>(j.out) + at * j.dim + d, low, high);
+  store8(static_cast<uint16_t*>(j.out) + at * j.dim + d, none ? 0u : low, none ? 0u : high);
 }
 
 template <FloatType kType, int kDim, int kRowWarps>
@@ -412,13 +420,15 @@ attention_tiles(const AttentionJob j) {
   if (used == 1) return;
 
   // The block that finishes last merges all splits, in their order.
-  device_fence();
   block_sync();
   auto* ticket = reinterpret_cast<uint32_t*>(shared);
-  if (thread == 0) *ticket = device_count_up(j.tickets + unit);
+  if (thread == 0) {
+    device_fence();  // releases what the barrier has gathered from the block, and acquires for it what others released
+    *ticket = device_count_up(j.tickets + unit);
+    device_fence();
+  }
   block_sync();
   if (*ticket != static_cast<uint32_t>(used - 1)) return;
-  device_fence();
   for (int row = thread / kPerRow; row < tile.rows; row += kAtOnce) {
     float m = neg_inf(), l = 0.0f, o[4] = {};
     for (int64_t s = 0; s < used; ++s) m = max_drop_nan(m, partial(s).sums(row)[0]);

@@ -61,9 +61,10 @@ attention_rows(const AttentionJob j) {
     }
   }
   const int64_t at = token * j.q_heads + head;
-  const float by = l == 0.0f ? 0.0f : 1.0f / l;
+  const bool none = l == 0.0f;  // then o may be 0 x NaN
+  const float by = 1.0f / l;
   Bits* out = static_cast<Bits*>(j.out) + at * j.dim;
-  for (int64_t d = lane_id(); d < j.dim; d += 32) out[d] = Element<kType>::bits(o[d] * by);
+  for (int64_t d = lane_id(); d < j.dim; d += 32) out[d] = none ? Bits{0} : Element<kType>::bits(o[d] * by);
   if (lane_id() == 0) j.lse[at] = natural_lse(m, l);
 }
 

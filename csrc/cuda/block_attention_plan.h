@@ -15,7 +15,7 @@ constexpr int64_t kMinSplitKeys = 256;  // a shorter split costs more in merging
 constexpr int64_t kInvariantSplitKeys = 2048;
 constexpr int64_t kMaxSplits = 32;
 constexpr int64_t kInvariantSplits = 8;
-constexpr int64_t kClusterBlocks = 8;  // every device with clusters takes that many blocks
+constexpr int64_t kClusterBlocks = 8;  // the portable cluster size
 
 struct AttentionShape {
   int64_t tokens, batch, q_heads, kv_heads, dim, slots, segments;
@@ -29,12 +29,18 @@ struct AttentionDevice {
   bool clusters;  // sm_90 and later
 };
 
+// A slice of a device with few multiprocessors may not hold a whole cluster.
+inline bool has_clusters(const AttentionDevice& device) {
+  return device.clusters && device.multiprocessors >= 2 * kClusterBlocks;
+}
+
 struct AttentionPlan {
   bool tensor_cores;  // else the plain kernel
   int dim;  // padded: 64 or 128 (plain: the dim itself)
   int row_warps;  // 1, 2 or 4 of the block's 4 warps own 16 rows each; the others of a row share its keys
   int64_t row_tile;  // packed rows per block
   int64_t stages, shared_bytes;
+  int64_t blocks_each;  // blocks that live on a multiprocessor at once
   int64_t splits;  // most splits of an entry's keys
   int64_t min_split_keys;
   int64_t tiles;  // most row tiles that the entries can have together
@@ -46,8 +52,9 @@ struct AttentionPlan {
 // Floats that one row leaves in the workspace: its output, maximum and sum.
 UNMASK_HD int64_t partial_row_floats(int64_t dim) { return dim + 2; }
 
-// Epilogue: every warp leaves 16 rows in shared memory, rows 8 floats longer than dim so that a warp's stores meet no bank twice.
-constexpr int64_t merge_bytes(int64_t dim) { return kAttentionWarps * 16 * (dim + 8 + 2) * 4; }
+// Epilogue: every warp leaves 16 rows in shared memory, 8 floats longer than dim (two of them its maximum and sum), so that the 8-byte
+// stores of a half warp meet no bank twice.
+constexpr int64_t merge_bytes(int64_t dim) { return kAttentionWarps * 16 * (dim + 8) * 4; }
 constexpr int64_t stage_bytes(int64_t dim) { return 2 * kTileKeys * dim * 2; }  // K and V, 16-bit
 
 // Tiles of `tile` packed rows that `batch` entries with `rows` packed rows in all can have at most.
@@ -68,9 +75,10 @@ inline AttentionPlan plan_attention(const AttentionShape& s, const AttentionDevi
     const int64_t each = s.batch_invariant ? 32 : s.batch > 0 ? (s.tokens + s.batch - 1) / s.batch * group : 0;
     p.row_warps = each <= 16 ? 1 : each <= 32 ? 2 : 4;
     p.row_tile = 16 * p.row_warps;
-    // two blocks per multiprocessor hide each other's barriers, and more stages more of the DRAM latency
+    // two blocks per multiprocessor hide each other's barriers, and more stages more of the DRAM latency; where two do not fit, one
     const int64_t half = std::min(device.shared_per_block, device.shared_per_multiprocessor / 2 - 1024);
-    p.stages = std::clamp<int64_t>(half / stage_bytes(p.dim), 2, 4);
+    p.blocks_each = half / stage_bytes(p.dim) >= 2 ? 2 : 1;
+    p.stages = std::clamp<int64_t>((p.blocks_each == 2 ? half : device.shared_per_block) / stage_bytes(p.dim), 2, 4);
     p.shared_bytes = std::max(p.stages * stage_bytes(p.dim), merge_bytes(p.dim));
   }
   if (s.tokens > 0 ||
@@ -80,16 +88,20 @@ inline AttentionPlan plan_attention(const AttentionShape& s, const AttentionDevi
     const int64_t keys = s.slots * s.segments;
     if (s.batch_invariant) {  // a row's splits depend on its own keys only
       p.min_split_keys = kInvariantSplitKeys;
-      p.splits = std::clamp<int64_t>(keys / kInvariantSplitKeys, 1, kInvariantSplits);
+      // rounded up: with fewer than the most splits each is kInvariantSplitKeys long, whatever the capacity of the cache
+      p.splits = std::clamp<int64_t>((keys + kInvariantSplitKeys - 1) / kInvariantSplitKeys, 1, kInvariantSplits);
     } else {
       p.min_split_keys = kMinSplitKeys;
       const int64_t likely = std::max<int64_t>({1, s.batch, (rows + p.row_tile - 1) / p.row_tile}) * s.kv_heads;
-      const int64_t want = std::min({2 * device.multiprocessors / likely, keys / kMinSplitKeys, kMaxSplits});
+      // merging through the workspace costs more than idle multiprocessors, unless very few blocks would run
+      const bool few = likely * kClusterBlocks < device.multiprocessors / 2;
+      const int64_t most = has_clusters(device) && !few ? kClusterBlocks : kMaxSplits;
+      const int64_t want = std::min({p.blocks_each * device.multiprocessors / likely, keys / kMinSplitKeys, most});
       while (p.splits * 2 <= want) p.splits *= 2;
     }
   }
   p.blocks = p.tiles * s.kv_heads * p.splits;
-  p.cluster = device.clusters && p.splits > 1 && p.splits <= kClusterBlocks;
+  p.cluster = has_clusters(device) && p.splits > 1 && p.splits <= kClusterBlocks;
   if (p.splits > 1 && !p.cluster) p.partial_floats = p.blocks * p.row_tile * partial_row_floats(p.dim);
   return p;
 }

@@ -1,6 +1,5 @@
 // rms_norm, add_rms_norm and silu_mul on CUDA: checks (the CPU's own), outputs, one launch each. Device code: elementwise.cuh.
-#include <torch/csrc/stable/ops.h>
-
+#include "common/dense.h"
 #include "common/elementwise_args.h"
 #include "common/register.h"
 #include "cuda/common/dispatch.h"
@@ -9,9 +8,6 @@
 
 namespace unmask::cuda {
 namespace {
-
-bool dense_rows(const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1; }
-Tensor dense(const Tensor& t) { return dense_rows(t) ? t : torch::stable::contiguous(t); }
 
 unsigned blocks_for(const char* op, int64_t warps) {
   const int64_t blocks = (warps + kRowWarps - 1) / kRowWarps;
@@ -24,15 +20,7 @@ Tensor norm(const char* op, const Tensor& x, Tensor* residual, const Tensor& wei
   Tensor out = torch::stable::new_empty(x, {rows, dim});
   if (rows == 0 || dim == 0) return out;
   const Tensor xd = dense(x), wd = dense(weight);
-  const NormParams p{xd.const_data_ptr(),
-                     residual ? residual->mutable_data_ptr() : nullptr,
-                     wd.const_data_ptr(),
-                     out.mutable_data_ptr(),
-                     xd.stride(0),
-                     residual ? residual->stride(0) : 0,
-                     dim,
-                     0,
-                     static_cast<float>(eps)};
+  const NormParams p = norm_params(xd, residual, wd, out, 0, eps);
   const Launch launch(op, x);
   with_float_type(op, x, [&](auto type) {
     constexpr FloatType kType = decltype(type)::value;

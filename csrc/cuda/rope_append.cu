@@ -1,6 +1,5 @@
 // rope_append on CUDA: checks (the CPU's own), output, one launch, for more than kScanTokens tokens two. Device code: rope_append.cuh.
-#include <torch/csrc/stable/ops.h>
-
+#include "common/dense.h"
 #include "common/register.h"
 #include "common/rope_append_args.h"
 #include "cuda/common/dispatch.h"
@@ -22,9 +21,6 @@ Tensor rope_append(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_c
                    const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight, const Tensor& inv_freq,
                    double eps, std::optional<Tensor> status) {
   check_rope_append(q, k, v, k_cache, v_cache, row, pos, slot, v_slot, q_weight, k_weight, inv_freq, eps, status);
-  const auto dense = [](const Tensor& t) {
-    return t.size(0) <= 1 || t.stride(0) == 1 ? t : torch::stable::contiguous(t);
-  };
   std::optional<Tensor> qw, kw;  // hold the dense copies, if any
   if (q_weight) qw = dense(*q_weight);
   if (k_weight) kw = dense(*k_weight);

@@ -36,7 +36,9 @@ class Launch {
   // synchronisation.
   void check() const { check(cudaGetLastError()); }
   void check(cudaError_t error) const {
-    if (error != cudaSuccess) fail(op_, std::string("CUDA launch failed: ") + cudaGetErrorString(error));
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // it would else be reported once more, by whichever op comes next
+    fail(op_, std::string("CUDA launch failed: ") + cudaGetErrorString(error));
   }
 
   cudaStream_t stream = nullptr;

@@ -29,7 +29,7 @@ UNMASK_DEVICE char* dynamic_shared() {  // what the launch asked for, 128-byte a
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr bool kHasClusters = true;
 UNMASK_DEVICE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
 UNMASK_DEVICE const char* cluster_shared(const char* mine, int rank) {
   uint64_t there;
