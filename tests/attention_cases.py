@@ -96,6 +96,22 @@ def assert_exact_enough(call: Call, fn) -> None:
     torch.testing.assert_close(lse[finite].double(), exact_lse[finite], rtol=1e-5, atol=2e-5)
 
 
+ODD_SIZES = [
+    dict(counts=()),
+    dict(counts=(0,)),
+    dict(counts=(0, 3, 0)),
+    dict(counts=(1,), heads=1, kv_heads=1, dim=8, slots=1, segs=((0, 1),)),
+    dict(segs=((7, 0), (3, 5), (64, 0), (0, 0))),
+    dict(segs=((0, 0),)),
+    dict(segs=()),
+    dict(segs=((60, 4), (0, 64), (10, 1), (10, 1))),  # out of order and repeated
+    dict(counts=(33, 100), segs=((0, 64),)),
+    dict(counts=(70,), heads=7, kv_heads=1),
+    dict(heads=0),
+    dict(dim=1024, counts=(2,)),
+]  # of `build`
+
+
 def random_ends(call: Call) -> torch.Tensor:
     keys = int(call.seg[0, :, 1].sum())
     return torch.randint(-1, keys + 3, (call.q.shape[0],))

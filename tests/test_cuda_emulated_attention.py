@@ -14,6 +14,7 @@ import emulated
 from attention_cases import (
     DTYPES,
     FLOOR,
+    ODD_SIZES,
     Call,
     assert_exact_enough,
     assert_matches_the_definition_at,
@@ -91,17 +92,7 @@ def test_lengths(keys):
 @pytest.mark.parametrize(
     "sizes",
     [
-        dict(counts=()),
-        dict(counts=(0,)),
-        dict(counts=(0, 3, 0)),
-        dict(counts=(1,), heads=1, kv_heads=1, dim=8, slots=1, segs=((0, 1),)),
-        dict(segs=((7, 0), (3, 5), (64, 0), (0, 0))),
-        dict(segs=((0, 0),)),
-        dict(segs=()),
-        dict(segs=((60, 4), (0, 64), (10, 1), (10, 1))),
-        dict(counts=(33, 100), segs=((0, 64),)),
-        dict(counts=(70,), heads=7, kv_heads=1),
-        dict(heads=0),
+        *ODD_SIZES,
         dict(counts=tuple([1] * 70), rows=70, slots=20, segs=((0, 11), (12, 3))),  # more entries than one step of the scan
     ],
 )

@@ -15,6 +15,7 @@ import attention_cases
 from attention_cases import (
     DTYPES,
     FLOOR,
+    ODD_SIZES,
     Call,
     assert_matches_the_definition_at,
     build,
@@ -55,23 +56,7 @@ def test_matches_float64(dim, group, dtype):
     assert_exact_enough(call)
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        dict(counts=()),
-        dict(counts=(0,)),
-        dict(counts=(0, 3, 0)),
-        dict(counts=(1,), heads=1, kv_heads=1, dim=8, slots=1, segs=((0, 1),)),
-        dict(segs=((7, 0), (3, 5), (64, 0), (0, 0))),
-        dict(segs=((0, 0),)),
-        dict(segs=()),
-        dict(segs=((60, 4), (0, 64), (10, 1), (10, 1))),  # out of order and repeated
-        dict(counts=(33, 100), segs=((0, 64),)),
-        dict(counts=(70,), heads=7, kv_heads=1),
-        dict(heads=0),
-        dict(dim=1024, counts=(2,)),
-    ],
-)
+@pytest.mark.parametrize("sizes", ODD_SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_the_definition(sizes, dtype):
     call = build(dtype=dtype, **sizes)
