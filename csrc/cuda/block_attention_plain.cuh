@@ -12,9 +12,8 @@ UNMASK_KERNEL_BOUNDS(kAttentionWarps * 32, 1)
 attention_rows(const AttentionJob j) {
   using Bits = typename Element<kType>::Bits;
   const int64_t kv_head = block_index() % j.kv_heads, number = block_index() / j.kv_heads;
-  const RowTile tile = find_row_tile(j, number, block_index() == 0 && warp_in_block() == 0 && j.status);
-  zero_tokens<kType>(j, kv_head, tile.gap_begin, tile.gap_end);
-  zero_tokens<kType>(j, kv_head, tile.tail_begin, j.tokens);
+  const RowTile tile = find_row_tile(j, number, reports_faults(j));
+  zero_uncovered<kType>(j, tile, kv_head);
   const int row = warp_in_block();
   if (!tile.found || row >= tile.rows) return;
 

@@ -133,6 +133,17 @@ UNMASK_DEVICE void zero_tokens(const AttentionJob& j, int64_t kv_head, int64_t b
   }
 }
 
+// The tokens that no entry covers, next to this tile: one block of each kv head.
+template <FloatType kType>
+UNMASK_DEVICE void zero_uncovered(const AttentionJob& j, const RowTile& tile, int64_t kv_head) {
+  zero_tokens<kType>(j, kv_head, tile.gap_begin, tile.gap_end);
+  zero_tokens<kType>(j, kv_head, tile.tail_begin, j.tokens);
+}
+// One warp of the launch sets the status bits of bad entries.
+UNMASK_DEVICE bool reports_faults(const AttentionJob& j) {
+  return block_index() == 0 && warp_in_block() == 0 && j.status;
+}
+
 // The cache slot of each key of an entry's joined segments, for keys asked for in rising order, below the entry's count.
 class SlotCursor {
  public:
