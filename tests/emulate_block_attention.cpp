@@ -4,10 +4,13 @@
 
 #include "emulate_tensor_core.h"
 
+#include "emulate_hopper.h"
+
 #include <limits>
 
 #include "cuda/block_attention_mma.cuh"
 #include "cuda/block_attention_plain.cuh"
+#include "cuda/block_attention_wgmma.cuh"
 
 using namespace unmask;
 using namespace unmask::cuda;
@@ -19,6 +22,17 @@ void tiles(const AttentionJob& j, const AttentionPlan& p) {
   const auto run = [&](const auto& kernel) {
     emulate(p.blocks, kAttentionWarps, kernel, p.shared_bytes, p.cluster ? static_cast<int>(p.splits) : 1);
   };
+  if (p.wgmma) {
+    const auto map = [&](const void* data, const int64_t* stride) {
+      return TensorMap{static_cast<const char*>(data),
+                       4,
+                       64,
+                       {j.dim, j.slots, j.kv_heads, j.rows},
+                       {stride[2] * 2, stride[1] * 2, stride[0] * 2}};
+    };
+    const WgmmaJob w{map(j.k, j.k_stride), map(j.v, j.v_stride), j};
+    return run([&] { attention_wgmma<kType, kDim>(w); });
+  }
   if (p.row_warps == 1) run([&] { attention_tiles<kType, kDim, 1>(j); });
   else if (p.row_warps == 2) run([&] { attention_tiles<kType, kDim, 2>(j); });
   else run([&] { attention_tiles<kType, kDim, 4>(j); });
@@ -39,18 +53,19 @@ extern "C" {
 
 // numbers: the fields of AttentionShape, then of AttentionDevice; out: those of AttentionPlan.
 void attention_plan(const int64_t* n, int64_t* out) {
-  const AttentionPlan p = plan_attention({n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7] != 0, n[8] != 0, n[9] != 0},
-                                         {n[10], n[11], n[12], n[13] != 0});
-  const int64_t fields[] = {p.tensor_cores, p.dim,         p.row_warps,     p.row_tile,       p.stages,
-                            p.shared_bytes, p.blocks_each, p.splits,        p.min_split_keys, p.tiles,
-                            p.blocks,       p.cluster,     p.partial_floats};
+  const AttentionPlan p =
+      plan_attention({n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7] != 0, n[8] != 0, n[9] != 0, n[10] != 0},
+                     {n[11], n[12], n[13], n[14] != 0, n[15] != 0});
+  const int64_t fields[] = {p.tensor_cores, p.wgmma,        p.dim,         p.row_warps,     p.row_tile,
+                            p.stages,       p.shared_bytes, p.blocks_each, p.splits,        p.min_split_keys,
+                            p.tiles,        p.blocks,       p.cluster,     p.partial_floats};
   std::copy(std::begin(fields), std::end(fields), out);
 }
 int64_t attention_split_keys(int64_t keys, int64_t splits, int64_t least) { return split_keys(keys, splits, least); }
 
 // pointers: q, k_cache, v_cache, out, lse, cu_q, kv_row, seg, q_end, mask, status
 // numbers: T, Hq, Hkv, D, R, S, B, G, Qmax, W; strides of q (3), k_cache (4), v_cache (4), cu_q, kv_row, seg (3), q_end, mask (3), status;
-//          type (0 fp32, 1 bf16, 2 fp16); the 13 fields of the plan; whether asynchronous copies arrive at once and the last warp runs ahead
+//          type (0 fp32, 1 bf16, 2 fp16); the 14 fields of the plan; whether asynchronous copies arrive at once and the last warp runs ahead
 int emulated_block_attention(void** at, const int64_t* n, float scale) {
   AttentionJob j{};
   j.q = at[0], j.k = at[1], j.v = at[2], j.out = at[3], j.lse = static_cast<float*>(at[4]);
@@ -69,9 +84,9 @@ int emulated_block_attention(void** at, const int64_t* n, float scale) {
   const int64_t type = n[21];
   n += 22;
   const AttentionPlan p{n[0] != 0,
-                        static_cast<int>(n[1]),
+                        n[1] != 0,
                         static_cast<int>(n[2]),
-                        n[3],
+                        static_cast<int>(n[3]),
                         n[4],
                         n[5],
                         n[6],
@@ -79,9 +94,10 @@ int emulated_block_attention(void** at, const int64_t* n, float scale) {
                         n[8],
                         n[9],
                         n[10],
-                        n[11] != 0,
-                        n[12]};
-  Block::now().eager_copies = Block::now().last_warp_first = n[13] != 0;
+                        n[11],
+                        n[12] != 0,
+                        n[13]};
+  Block::now().eager_copies = Block::now().last_warp_first = n[14] != 0;
   j.cluster = p.cluster;
   j.row_tile = p.row_tile, j.splits = p.splits, j.min_split_keys = p.min_split_keys, j.stages = p.stages;
   std::vector<float> partial(static_cast<size_t>(p.partial_floats) + 4, std::numeric_limits<float>::quiet_NaN());

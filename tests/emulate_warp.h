@@ -13,6 +13,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -44,6 +45,9 @@ class Block {
     shared_.assign(shared_bytes_ * static_cast<size_t>(cluster) + 128, static_cast<char>(0xFF));
     block_barriers_.assign(static_cast<size_t>(cluster), {});
     cluster_barrier_ = {};
+    named_.clear();
+    transfers.clear();
+    objects.clear();
     kernel_ = &kernel;
     error_.clear();
     for (lane_ = 0; lane_ < all; ++lane_) {
@@ -58,6 +62,7 @@ class Block {
       lane.done = false;
       lane.copies.clear();
       lane.groups.clear();
+      lane.ready = nullptr;
       makecontext(&lane.start, &Block::enter, 0);
       swapcontext(&main_start_, &lane.start);  // up to the setjmp in enter()
     }
@@ -69,13 +74,47 @@ class Block {
         const int ran = run_warp(last_warp_first ? all / 32 - 1 - w : w, &left);
         moved = moved || ran > 0 || left != before;
       }
-      if (!moved && error_.empty()) error_ = "lanes wait at a block-wide operation that others never reach";
+      if (moved || !error_.empty()) continue;
+      if (transfers.empty()) {
+        error_ = "lanes wait at a block-wide operation that others never reach";
+      } else {  // as late as allowed: only when nobody gets on without it
+        transfers.front()();
+        transfers.pop_front();
+      }
     }
+    if (error_.empty() && !transfers.empty())
+      error_ = "the kernel left while copies into its shared memory were on their way";
     if (!error_.empty()) throw std::runtime_error(error_);
   }
 
   // Asynchronous copies arrive at once (else when their lane waits for them); the last warp runs ahead (else the first).
   bool eager_copies = false, last_warp_first = false;
+
+  // Work of nobody's thread (copies of the memory accelerator), oldest first; and barriers in shared memory, by address.
+  std::deque<std::function<void()>> transfers;
+  struct Counter {
+    int arrivals = 0, left = 0;
+    int64_t bytes = 0;
+    uint32_t phase = 0;
+  };
+  std::map<const void*, Counter> objects;
+
+  // The running lane goes on once ready() is true.
+  void wait_for(const std::function<bool()>& ready) {
+    if (ready()) return;
+    self().ready = &ready;
+    leave();
+    self().ready = nullptr;
+  }
+  // A barrier of `threads` lanes of the block with a vote.
+  bool vote(int barrier, int threads, bool mine) {
+    Named& b = named_[{lane_ / block_lanes_, barrier}];
+    b.any = b.any || mine;
+    const int64_t round = b.at.round;
+    wait_at(b.at, threads, [&] { b.result = b.any, b.any = false; });
+    if (b.at.round != round + 1) error("a lane is two rounds behind at a barrier");
+    return b.result;
+  }
 
   // Every lane of the warp gives a value and gets all 32.
   const Payload* exchange(int operation, const Payload& value) {
@@ -88,6 +127,11 @@ class Block {
     box.value[lane_ - own] = value;
     const int lane = lane_ - own;
     leave();
+    wait_for([&] {  // one that waits for something else comes later
+      for (int i = 0; i < 32; ++i)
+        if (box.turn[i] != turn && lanes_[static_cast<size_t>(own + i)].ready != nullptr) return false;
+      return true;
+    });
     for (int i = 0; i < 32; ++i) {
       if (box.turn[i] != turn || box.operation[i] != operation)
         error("lanes " + std::to_string(lane) + " and " + std::to_string(i) + " are at different warp operations");
@@ -106,6 +150,9 @@ class Block {
   int lane() const { return lane_ % 32; }
   int warp() const { return lane_ % block_lanes_ / 32; }
   int64_t block() const { return first_block_ + lane_ / block_lanes_; }
+  bool in_shared(const void* p, size_t bytes) {
+    return p >= shared() && static_cast<const char*>(p) + bytes <= shared() + shared_bytes_;
+  }
   char* shared() { return shared_of(lane_ / block_lanes_); }
   char* shared_of(int rank) {
     char* first = shared_.data() + (128 - reinterpret_cast<uintptr_t>(shared_.data()) % 128) % 128;
@@ -150,15 +197,20 @@ class Block {
     bool done = false;
     std::vector<Copy> copies;
     std::deque<std::vector<Copy>> groups;
+    const std::function<bool()>* ready = nullptr;  // where the lane waits for something else
+  };
+  struct Named {
+    Barrier at;
+    bool any = false, result = false;
   };
   struct Box {
     int operation[32];
     int64_t turn[32];
     Payload value[32];
   };
-  void wait_at(Barrier& b, int lanes) {
+  void wait_at(Barrier& b, int lanes, const std::function<void()>& last = [] {}) {
     self().barrier = &b, self().round = b.round;
-    if (++b.waiting == lanes) b.waiting = 0, ++b.round;
+    if (++b.waiting == lanes) b.waiting = 0, ++b.round, last();
     leave();  // the last one too, so that the lanes of its warp stay in step
     self().barrier = nullptr;
   }
@@ -169,7 +221,9 @@ class Block {
       again = false;
       for (lane_ = warp * 32; lane_ < warp * 32 + 32 && error_.empty(); ++lane_) {
         const Lane& lane = self();
-        if (lane.done || (lane.barrier != nullptr && lane.barrier->round == lane.round)) continue;
+        if (lane.done || (lane.barrier != nullptr && lane.barrier->round == lane.round) ||
+            (lane.ready != nullptr && !(*lane.ready)()))
+          continue;
         if (_setjmp(main_) == 0) _longjmp(self().here, 1);
         *left -= self().done;
         again = true;
@@ -210,6 +264,7 @@ class Block {
   std::string error_;
   std::vector<Barrier> block_barriers_;
   Barrier cluster_barrier_;
+  std::map<std::pair<int, int>, Named> named_;
   size_t shared_bytes_ = 0;
   int lane_ = 0, block_lanes_ = 32;
   int64_t first_block_ = 0;

@@ -198,14 +198,16 @@ def rope_append(q, k, v, k_cache, v_cache, row, pos, slot, v_slot, q_weight, k_w
     return out
 
 
-PLAN = ("tensor_cores", "dim", "row_warps", "row_tile", "stages", "shared_bytes", "blocks_each", "splits", "min_split_keys", "tiles", "blocks", "cluster", "partial_floats")
-H200 = (132, 232448, 233472, True)  # multiprocessors; bytes of shared memory per block and per multiprocessor; clusters
+PLAN = ("tensor_cores", "wgmma", "dim", "row_warps", "row_tile", "stages", "shared_bytes", "blocks_each", "splits", "min_split_keys", "tiles", "blocks", "cluster", "partial_floats")
+# multiprocessors; bytes of shared memory per block and per multiprocessor; clusters; wgmma
+H200 = (132, 232448, 233472, True, True)
+SM90_PLAIN = (*H200[:4], False)  # an H200 as the other kernels see it: no wgmma
 
 
-def attention_plan(tokens, batch, q_heads, kv_heads, dim, slots, segments, half=True, aligned=True, batch_invariant=False, device=H200) -> dict[str, int]:
+def attention_plan(tokens, batch, q_heads, kv_heads, dim, slots, segments, half=True, aligned=True, batch_invariant=False, device=H200, mappable=True) -> dict[str, int]:
     """plan_attention of csrc/cuda/block_attention_plan.h."""
     lib = build("emulate_block_attention.cpp")
-    numbers = (tokens, batch, q_heads, kv_heads, dim, slots, segments, half, aligned, batch_invariant, *device)
+    numbers = (tokens, batch, q_heads, kv_heads, dim, slots, segments, half, aligned, mappable, batch_invariant, *device)
     out = (c_int64 * len(PLAN))()
     lib.attention_plan((c_int64 * len(numbers))(*map(int, numbers)), out)
     return dict(zip(PLAN, out, strict=True))
@@ -232,7 +234,8 @@ def block_attention(
     batch, segments = seg.shape[:2]
     half = q.dtype is not torch.float32
     aligned = half and _divisible(k_cache, 16) and _divisible(v_cache, 16) and _divisible(q, 4)
-    p = attention_plan(tokens, batch, heads, kv_heads, dim, slots, segments, half, aligned, batch_invariant, device) | plan
+    mappable = all(n > 0 and (n == 1 or s > 0) for t in (k_cache, v_cache) for n, s in zip(t.shape, t.stride(), strict=True))
+    p = attention_plan(tokens, batch, heads, kv_heads, dim, slots, segments, half, aligned, batch_invariant, device, mappable) | plan
     out, lse = torch.full(q.shape, 777.0, dtype=q.dtype), torch.full((tokens, heads), 777.0)
     if p["blocks"] == 0:
         return out, lse

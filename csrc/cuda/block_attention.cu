@@ -1,6 +1,7 @@
 // block_attention on CUDA: checks (the CPU's own), outputs, the plan, one launch; a memset of counters before it where splits merge through
-// the workspace. Device code: block_attention_mma.cuh (bf16, fp16), block_attention_plain.cuh (all else); the cut of the work: block_attention_plan.h.
+// the workspace. Device code: block_attention_wgmma.cuh (Hopper, few rows), block_attention_mma.cuh (bf16, fp16), block_attention_plain.cuh (all else); the cut of the work: block_attention_plan.h.
 #include <atomic>
+#include <cstdlib>
 
 #include <torch/csrc/stable/ops.h>
 
@@ -14,6 +15,20 @@ namespace unmask::cuda {
 namespace {
 
 constexpr const char* kOp = "block_attention";
+#if defined(UNMASK_WITH_SM90A)
+constexpr bool kCompiledForHopper = true;
+#else
+constexpr bool kCompiledForHopper = false;
+#endif
+
+// UNMASK_CUDA_ATTENTION=mma keeps the Hopper kernel out, so that one process can time the two side by side.
+bool hopper_wanted() {
+  const char* set = std::getenv("UNMASK_CUDA_ATTENTION");
+  if (set == nullptr || *set == 0) return true;
+  const std::string value = set;
+  if (value != "mma" && value != "wgmma") fail_must_be(kOp, "UNMASK_CUDA_ATTENTION", "mma or wgmma", value);
+  return value == "wgmma";
+}
 
 // What the plan needs to know of the current device; asked once, four ints of the driver's table a device.
 AttentionDevice current_device(const Launch& launch) {
@@ -30,7 +45,7 @@ AttentionDevice current_device(const Launch& launch) {
     launch.check(cudaDeviceGetAttribute(&value[i], kAsked[i], device));
     if (device < kMost) known[device][i].store(value[i], std::memory_order_relaxed);
   }
-  return {value[0], value[1], value[2], value[3] >= 9};
+  return {value[0], value[1], value[2], value[3] >= 9, kCompiledForHopper && value[3] == 9};
 }
 
 bool divisible(const Tensor& t, int64_t bytes) {  // base and all strides but the last; the last dimension is dense
@@ -100,6 +115,8 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k_cach
                              job.segments,
                              q.scalar_type() != ScalarType::Float,
                              divisible(k_cache, 16) && divisible(v_cache, 16) && divisible(q, 4),
+                             hopper_wanted() && can_map(k_cache.sizes().data(), k_cache.strides().data()) &&
+                                 can_map(v_cache.sizes().data(), v_cache.strides().data()),
                              batch_invariant};
   const AttentionPlan plan = plan_attention(shape, current_device(launch));
   if (plan.blocks == 0) return {out, lse};
@@ -118,6 +135,9 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k_cach
   }
   if (!plan.tensor_cores)
     with_float_type(kOp, q, [&](auto type) { launch_plain<decltype(type)::value>(job, plan, launch); });
+#if defined(UNMASK_WITH_SM90A)
+  else if (plan.wgmma) launch_attention_wgmma(job, q.scalar_type() == ScalarType::BFloat16, plan, launch);
+#endif
   else if (q.scalar_type() == ScalarType::BFloat16) launch_attention_bf16(job, plan, launch);
   else launch_attention_f16(job, plan, launch);
   return {out, lse};

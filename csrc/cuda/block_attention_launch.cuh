@@ -7,10 +7,11 @@ namespace unmask::cuda {
 
 void launch_attention_bf16(const AttentionJob& job, const AttentionPlan& plan, const Launch& launch);
 void launch_attention_f16(const AttentionJob& job, const AttentionPlan& plan, const Launch& launch);
+void launch_attention_wgmma(const AttentionJob& job, bool bf16, const AttentionPlan& plan, const Launch& launch);
 
-template <FloatType kType, int kDim, int kRowWarps>
-void launch_attention_tiles(const AttentionJob& job, const AttentionPlan& plan, const Launch& launch) {
-  const auto kernel = attention_tiles<kType, kDim, kRowWarps>;
+// Splits of a tile are a cluster where the plan says so.
+template <class Kernel, class Job>
+void launch_attention_kernel(Kernel kernel, const Job& job, const AttentionPlan& plan, const Launch& launch) {
   // above 48 KB a kernel must be told; the setting belongs to the current device, so it is made at every launch
   launch.check(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)));
@@ -28,6 +29,11 @@ void launch_attention_tiles(const AttentionJob& job, const AttentionPlan& plan, 
   config.numAttrs = plan.cluster ? 1 : 0;
   launch.check(cudaLaunchKernelEx(&config, kernel, job));
   launch.check();
+}
+
+template <FloatType kType, int kDim, int kRowWarps>
+void launch_attention_tiles(const AttentionJob& job, const AttentionPlan& plan, const Launch& launch) {
+  launch_attention_kernel(attention_tiles<kType, kDim, kRowWarps>, job, plan, launch);
 }
 
 template <FloatType kType, int kDim>

@@ -10,6 +10,8 @@ namespace unmask::cuda {
 
 constexpr int kTileKeys = 64;  // keys per pipeline stage
 constexpr int kAttentionWarps = 4;  // per block
+constexpr int64_t kWgmmaRows = 64;  // packed rows of an entry up to which the Hopper kernel is taken
+constexpr int64_t kMostSlots = 12;  // of its ring
 constexpr int kPlainTile = 4;  // packed rows per block of the plain kernel, one a warp
 constexpr int64_t kMinSplitKeys = 256;  // a shorter split costs more in merging than it saves in reading
 constexpr int64_t kInvariantSplitKeys = 2048;
@@ -21,12 +23,14 @@ struct AttentionShape {
   int64_t tokens, batch, q_heads, kv_heads, dim, slots, segments;
   bool half;  // bf16 or fp16
   bool aligned;  // K and V rows dense and 16-byte aligned, Q pairs dense and 4-byte aligned
+  bool mappable;  // a tensor map can describe K and V (can_map)
   bool batch_invariant;
 };
 
 struct AttentionDevice {
   int64_t multiprocessors, shared_per_block, shared_per_multiprocessor;  // bytes; per block: the most one may ask for
   bool clusters;  // sm_90 and later
+  bool wgmma;  // sm_90 itself, and the library was compiled for sm_90a
 };
 
 // A slice of a device with few multiprocessors may not hold a whole cluster.
@@ -36,10 +40,12 @@ inline bool has_clusters(const AttentionDevice& device) {
 
 struct AttentionPlan {
   bool tensor_cores;  // else the plain kernel
+  bool wgmma;  // the Hopper kernel
   int dim;  // padded: 64 or 128 (plain: the dim itself)
-  int row_warps;  // 1, 2 or 4 of the block's 4 warps own 16 rows each; the others of a row share its keys
+  int row_warps;  // 1, 2 or 4 of the block's 4 warps own 16 rows each; the others of a row share its keys (wgmma: 4)
   int64_t row_tile;  // packed rows per block
-  int64_t stages, shared_bytes;
+  int64_t stages;  // of K and V together; wgmma: slots of its ring, K and V by turns
+  int64_t shared_bytes;
   int64_t blocks_each;  // blocks that live on a multiprocessor at once
   int64_t splits;  // most splits of an entry's keys
   int64_t min_split_keys;
@@ -57,6 +63,17 @@ UNMASK_HD int64_t partial_row_floats(int64_t dim) { return dim + 2; }
 constexpr int64_t merge_bytes(int64_t dim) { return kAttentionWarps * 16 * (dim + 8) * 4; }
 constexpr int64_t stage_bytes(int64_t dim) { return 2 * kTileKeys * dim * 2; }  // K and V, 16-bit
 
+constexpr int64_t kBarrierBytes = 256;  // two barriers a slot, behind the ring
+
+// A tensor map takes sizes below 2^32 and strides (in elements, all but the last dimension) that move on, below 2^40 bytes.
+inline bool can_map(const int64_t* size, const int64_t* stride) {
+  for (int d = 0; d < 4; ++d)
+    if (size[d] < 1 || size[d] >= (int64_t{1} << 31)) return false;
+  for (int d = 0; d < 3; ++d)
+    if (size[d] > 1 && (stride[d] <= 0 || stride[d] * 2 >= (int64_t{1} << 40))) return false;
+  return true;
+}
+
 // Tiles of `tile` packed rows that `batch` entries with `rows` packed rows in all can have at most.
 constexpr int64_t most_tiles(int64_t rows, int64_t batch, int64_t tile) { return (rows + batch * (tile - 1)) / tile; }
 
@@ -73,8 +90,16 @@ inline AttentionPlan plan_attention(const AttentionShape& s, const AttentionDevi
   } else {
     p.dim = s.dim <= 64 ? 64 : 128;
     const int64_t each = s.batch_invariant ? 32 : s.batch > 0 ? (s.tokens + s.batch - 1) / s.batch * group : 0;
-    p.row_warps = each <= 16 ? 1 : each <= 32 ? 2 : 4;
+    p.wgmma = device.wgmma && s.mappable && each <= kWgmmaRows;
+    p.row_warps = p.wgmma ? 4 : each <= 16 ? 1 : each <= 32 ? 2 : 4;
     p.row_tile = 16 * p.row_warps;
+  }
+  if (p.wgmma) {
+    const int64_t tile = stage_bytes(p.dim) / 2, half = device.shared_per_multiprocessor / 2 - 1024;
+    p.blocks_each = 2;
+    p.stages = std::clamp<int64_t>((half - kBarrierBytes) / tile, 2, kMostSlots);
+    p.shared_bytes = p.stages * tile + kBarrierBytes;
+  } else if (p.tensor_cores) {
     // two blocks per multiprocessor hide each other's barriers, and more stages more of the DRAM latency; where two do not fit, one
     const int64_t half = std::min(device.shared_per_block, device.shared_per_multiprocessor / 2 - 1024);
     p.blocks_each = half / stage_bytes(p.dim) >= 2 ? 2 : 1;

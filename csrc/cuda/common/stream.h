@@ -40,6 +40,7 @@ class Launch {
     cudaGetLastError();  // it would else be reported once more, by whichever op comes next
     fail(op_, std::string("CUDA launch failed: ") + cudaGetErrorString(error));
   }
+  [[noreturn]] void refuse(const std::string& why) const { fail(op_, why); }
 
   cudaStream_t stream = nullptr;
 
