@@ -201,13 +201,14 @@ def rope_append(q, k, v, k_cache, v_cache, row, pos, slot, v_slot, q_weight, k_w
 PLAN = ("tensor_cores", "wgmma", "dim", "row_warps", "row_tile", "stages", "shared_bytes", "blocks_each", "splits", "min_split_keys", "tiles", "blocks", "cluster", "partial_floats")
 # multiprocessors; bytes of shared memory per block and per multiprocessor; clusters; wgmma
 H200 = (132, 232448, 233472, True, True)
-SM90_PLAIN = (*H200[:4], False)  # an H200 as the other kernels see it: no wgmma
+MMA_ONLY = (*H200[:4], False)  # an H200 as a library without sm_90a sees it
+DEVICE = MMA_ONLY  # what the functions below plan for; tests set it
 
 
-def attention_plan(tokens, batch, q_heads, kv_heads, dim, slots, segments, half=True, aligned=True, batch_invariant=False, device=H200, mappable=True) -> dict[str, int]:
+def attention_plan(tokens, batch, q_heads, kv_heads, dim, slots, segments, half=True, aligned=True, batch_invariant=False, device=None, mappable=True) -> dict[str, int]:
     """plan_attention of csrc/cuda/block_attention_plan.h."""
     lib = build("emulate_block_attention.cpp")
-    numbers = (tokens, batch, q_heads, kv_heads, dim, slots, segments, half, aligned, mappable, batch_invariant, *device)
+    numbers = (tokens, batch, q_heads, kv_heads, dim, slots, segments, half, aligned, mappable, batch_invariant, *(device or DEVICE))
     out = (c_int64 * len(PLAN))()
     lib.attention_plan((c_int64 * len(numbers))(*map(int, numbers)), out)
     return dict(zip(PLAN, out, strict=True))
@@ -224,7 +225,7 @@ def _divisible(t: torch.Tensor, size: int) -> bool:
 
 
 def block_attention(
-    q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status=None, batch_invariant=False, *, device=H200, eager=False, **plan
+    q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status=None, batch_invariant=False, *, device=None, eager=False, **plan
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The op by the CUDA kernels; status is written in place. plan: fields of the plan to change (no other field follows them)."""
     lib = build("emulate_block_attention.cpp")

@@ -33,6 +33,14 @@ from unmask.reference.block_attention import attend
 HALF = (torch.bfloat16, torch.float16)
 
 
+@pytest.fixture(scope="module", params=["mma", "wgmma"], autouse=True)
+def device(request):
+    """Every test on a device whose few rows go to mma.sync tiles, and on one that has the Hopper kernel."""
+    emulated.DEVICE = emulated.H200 if request.param == "wgmma" else emulated.MMA_ONLY
+    yield request.param
+    emulated.DEVICE = emulated.MMA_ONLY
+
+
 def on_emulated_warps(**plan):
     return lambda *args: emulated.block_attention(*args, **plan)
 
@@ -43,11 +51,14 @@ def cut(call: Call, row_warps: int = 0, splits: int = 1, least: int = 64, cluste
     rows, kv_heads, slots, _ = call.k_cache.shape
     batch, segments = call.seg.shape[:2]
     plan = emulated.attention_plan(tokens, batch, heads, kv_heads, dim, slots, segments)
+    if plan["wgmma"]:  # its tile is 64 rows
+        row_warps, more["stages"] = 4, 2 + more.get("stages", 2)
     tile = 16 * row_warps if row_warps else plan["row_tile"]
     count = max(1, (tokens * heads // kv_heads + batch * (tile - 1)) // tile)
     blocks = count * kv_heads * splits
     padded, stages = 64 if dim <= 64 else 128, more.pop("stages", plan["stages"])
-    shared = max(stages * 2 * 64 * padded * 2, 64 * (padded + 8) * 4)
+    shared = stages * 64 * padded * 2 + 256 if plan["wgmma"] else stages * 2 * 64 * padded * 2
+    shared = max(shared, 64 * (padded + 8) * 4)
     return on_emulated_warps(
         row_warps=tile // 16, row_tile=tile, splits=splits, min_split_keys=least, tiles=count, blocks=blocks,
         cluster=cluster, partial_floats=0 if cluster else blocks * tile * (padded + 2), stages=stages, shared_bytes=shared, **more,
@@ -109,6 +120,15 @@ def test_matches_the_definition(sizes, dtype):
 @settings(max_examples=200)
 def test_any_call_at_any_layout(call, how):
     assert_matches_the_definition_at(call, how, emulated.block_attention)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_segments_in_any_order_and_next_to_each_other(dtype):
+    """Tiles that are boxes of neighbouring slots: segments that continue each other, that go back, that end at the cache's end."""
+    for segs in (((0, 64), (64, 70), (134, 6)), ((100, 40), (0, 40)), ((76, 64), (0, 0), (10, 1), (11, 1)), ((139, 1), (139, 1))):
+        call = build(counts=(4, 9), heads=4, kv_heads=2, dim=72, slots=140, segs=segs, dtype=dtype)
+        assert_exact_enough(call, on_emulated_warps())
+        assert_exact_enough(call, cut(call, 1, 2, eager=True))
 
 
 @pytest.mark.parametrize("dtype", HALF)

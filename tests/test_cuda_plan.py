@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emulated import H200, attention_plan, split_keys
+import emulated
+from emulated import MMA_ONLY as H200
+from emulated import attention_plan, split_keys
 
-A100, ADA, SM120 = (108, 166912, 167936, False), (128, 101376, 102400, False), (170, 101376, 102400, True)
-DEVICES = {"H200": H200, "A100": A100, "sm_89": ADA, "sm_120": SM120}
+A100, ADA, SM120 = (108, 166912, 167936, False, False), (128, 101376, 102400, False, False), (170, 101376, 102400, True, False)
+DEVICES = {"H200": emulated.H200, "H200 without sm_90a": H200, "A100": A100, "sm_89": ADA, "sm_120": SM120}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -19,9 +21,23 @@ def test_shared_memory_fits_the_device(device, dim, tokens):
     _, per_block, *_ = DEVICES[device]
     plan = attention_plan(tokens, 1, 32, 32, dim, 4096, 2, device=DEVICES[device])
     assert plan["tensor_cores"] and plan["dim"] == (64 if dim <= 64 else 128)
-    assert 2 <= plan["stages"] <= 4 and plan["shared_bytes"] <= per_block
+    assert 2 <= plan["stages"] <= (12 if plan["wgmma"] else 4) and plan["shared_bytes"] <= per_block
     if plan["blocks_each"] == 2:
         assert 2 * (plan["shared_bytes"] + 1024) <= DEVICES[device][2]  # two blocks live on one multiprocessor
+
+
+def test_few_rows_go_to_the_hopper_kernel_on_hopper():
+    few = dict(tokens=32, batch=1, q_heads=32, kv_heads=32, dim=128, slots=4096, segments=2)
+    plan = attention_plan(**few, device=emulated.H200)
+    assert plan["wgmma"] and plan["row_tile"] == 64 and plan["stages"] == 7 and plan["blocks_each"] == 2 and plan["splits"] == 8
+    assert attention_plan(**few | dict(dim=64), device=emulated.H200)["stages"] == 12
+    assert attention_plan(**few | dict(tokens=512, batch=8), device=emulated.H200)["wgmma"]
+    for other in (dict(tokens=65), dict(q_heads=64 * 4), dict(half=False), dict(aligned=False), dict(mappable=False), dict(device=H200)):
+        assert not attention_plan(**dict(device=emulated.H200) | few | other)["wgmma"]
+    # with batch_invariant the kernel must not depend on the batch
+    for tokens, batch in ((1, 1), (64, 1), (4096, 1), (4096, 3)):
+        plan = attention_plan(**few | dict(tokens=tokens, batch=batch), batch_invariant=True, device=emulated.H200)
+        assert plan["wgmma"] and plan["row_tile"] == 64
 
 
 def test_row_tiles_follow_the_rows_of_an_entry():

@@ -11,7 +11,7 @@ namespace unmask::cuda {
 constexpr int kTileKeys = 64;  // keys per pipeline stage
 constexpr int kAttentionWarps = 4;  // per block
 constexpr int64_t kWgmmaRows = 64;  // packed rows of an entry up to which the Hopper kernel is taken
-constexpr int64_t kMostSlots = 12;  // of its ring
+constexpr int64_t kLeastSlots = 4, kMostSlots = 12;  // of its ring; a step holds V and the next K, and waits for two more
 constexpr int kPlainTile = 4;  // packed rows per block of the plain kernel, one a warp
 constexpr int64_t kMinSplitKeys = 256;  // a shorter split costs more in merging than it saves in reading
 constexpr int64_t kInvariantSplitKeys = 2048;
@@ -97,7 +97,7 @@ inline AttentionPlan plan_attention(const AttentionShape& s, const AttentionDevi
   if (p.wgmma) {
     const int64_t tile = stage_bytes(p.dim) / 2, half = device.shared_per_multiprocessor / 2 - 1024;
     p.blocks_each = 2;
-    p.stages = std::clamp<int64_t>((half - kBarrierBytes) / tile, 2, kMostSlots);
+    p.stages = std::clamp<int64_t>((half - kBarrierBytes) / tile, kLeastSlots, kMostSlots);
     p.shared_bytes = p.stages * tile + kBarrierBytes;
   } else if (p.tensor_cores) {
     // two blocks per multiprocessor hide each other's barriers, and more stages more of the DRAM latency; where two do not fit, one
