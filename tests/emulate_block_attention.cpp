@@ -65,7 +65,7 @@ int64_t attention_split_keys(int64_t keys, int64_t splits, int64_t least) { retu
 
 // pointers: q, k_cache, v_cache, out, lse, cu_q, kv_row, seg, q_end, mask, status
 // numbers: T, Hq, Hkv, D, R, S, B, G, Qmax, W; strides of q (3), k_cache (4), v_cache (4), cu_q, kv_row, seg (3), q_end, mask (3), status;
-//          type (0 fp32, 1 bf16, 2 fp16); the 14 fields of the plan; whether asynchronous copies arrive at once and the last warp runs ahead
+//          type (0 fp32, 1 bf16, 2 fp16); the 14 fields of the plan; when asynchronous work is done: 0 as late as allowed, 1 at once, and the last warp runs ahead, 2 copies at once, products late
 int emulated_block_attention(void** at, const int64_t* n, float scale) {
   AttentionJob j{};
   j.q = at[0], j.k = at[1], j.v = at[2], j.out = at[3], j.lse = static_cast<float*>(at[4]);
@@ -97,7 +97,8 @@ int emulated_block_attention(void** at, const int64_t* n, float scale) {
                         n[11],
                         n[12] != 0,
                         n[13]};
-  Block::now().eager_copies = Block::now().last_warp_first = n[14] != 0;
+  Block::now().eager_copies = n[14] != 0;
+  Block::now().eager_products = Block::now().last_warp_first = n[14] == 1;
   j.cluster = p.cluster;
   j.row_tile = p.row_tile, j.splits = p.splits, j.min_split_keys = p.min_split_keys, j.stages = p.stages;
   std::vector<float> partial(static_cast<size_t>(p.partial_floats) + 4, std::numeric_limits<float>::quiet_NaN());

@@ -157,7 +157,7 @@ inline void start_product(float (&c)[kBlocks][4], const A& a, uint64_t b, bool t
       value[static_cast<size_t>(i)] = static_cast<float>(sum);
     }
   };
-  if (Block::now().eager_copies) run();
+  if (Block::now().eager_products) run();
   else l.open.push_back(run);
 }
 

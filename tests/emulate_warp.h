@@ -87,8 +87,9 @@ class Block {
     if (!error_.empty()) throw std::runtime_error(error_);
   }
 
-  // Asynchronous copies arrive at once (else when their lane waits for them); the last warp runs ahead (else the first).
-  bool eager_copies = false, last_warp_first = false;
+  // Asynchronous copies arrive at once (else when their lane waits for them), so do products of a warpgroup; the last warp runs ahead
+  // (else the first).
+  bool eager_copies = false, eager_products = false, last_warp_first = false;
 
   // Work of nobody's thread (copies of the memory accelerator), oldest first; and barriers in shared memory, by address.
   std::deque<std::function<void()>> transfers;

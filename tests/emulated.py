@@ -225,9 +225,10 @@ def _divisible(t: torch.Tensor, size: int) -> bool:
 
 
 def block_attention(
-    q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status=None, batch_invariant=False, *, device=None, eager=False, **plan
+    q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status=None, batch_invariant=False, *, device=None, eager: int = 0, **plan
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op by the CUDA kernels; status is written in place. plan: fields of the plan to change (no other field follows them)."""
+    """The op by the CUDA kernels; status is written in place. plan: fields of the plan to change (no other field follows them). eager: asynchronous work
+    is done 0 as late as allowed, 1 at once, and the last warp runs ahead, 2 copies at once and products late."""
     lib = build("emulate_block_attention.cpp")
     lib.emulated_block_attention.argtypes = [POINTER(c_void_p), POINTER(c_int64), c_float]
     tokens, heads, dim = q.shape
