@@ -93,6 +93,14 @@ def test_any_cut_gives_the_same_result(dtype, row_warps, stages, splits):
             assert a is b or torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_no_slot_is_filled_before_every_warp_has_read_it(dim):
+    """Tiles that all rows see whole: nothing but the pipeline itself holds the warps together."""
+    call = build(counts=(40,), heads=2, kv_heads=1, dim=dim, rows=1, slots=740, segs=((5, 170), (190, 541)), dtype=torch.bfloat16)
+    for eager in (0, 1, 2):
+        assert_exact_enough(call, cut(call, 4, stages=2, eager=eager))
+
+
 @pytest.mark.parametrize("keys", [0, 1, 31, 33, 63, 64, 65, 257, 1025])
 def test_lengths(keys):
     call = build(counts=(2, 3), heads=2, kv_heads=1, dim=64, rows=2, slots=1030, segs=((0, keys), (4, 0)), dtype=torch.bfloat16)
