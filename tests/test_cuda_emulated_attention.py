@@ -96,7 +96,7 @@ def test_any_cut_gives_the_same_result(dtype, row_warps, stages, splits):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_no_slot_is_filled_before_every_warp_has_read_it(dim):
     """Tiles that all rows see whole: nothing but the pipeline itself holds the warps together."""
-    call = build(counts=(40,), heads=2, kv_heads=1, dim=dim, rows=1, slots=740, segs=((5, 170), (190, 541)), dtype=torch.bfloat16)
+    call = build(counts=(40,), heads=2, kv_heads=2, dim=dim, rows=1, slots=740, segs=((5, 170), (190, 541)), dtype=torch.bfloat16)
     for eager in (0, 1, 2):
         assert_exact_enough(call, cut(call, 4, stages=2, eager=eager))
 
