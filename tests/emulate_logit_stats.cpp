@@ -49,9 +49,42 @@ void run(StatsJob job, int64_t entries, int64_t group_chunks, int64_t entries_pe
   }
 }
 
+template <FloatType kType>
+void cluster(const StatsJob& job, const StatsOutputs& out, const StatsClusterPlan& p) {
+  const auto run = [&](const auto& kernel) {
+    emulate(job.entries * p.blocks, p.warps, kernel, p.shared_bytes(), p.blocks);
+  };
+  if (job.in.temperature > 0.0f) run([&] { stats_cluster<kType, true>(job, out, p.blocks, p.warps); });
+  else run([&] { stats_cluster<kType, false>(job, out, p.blocks, p.warps); });
+}
+
+// As run_cluster() there.
+void run_cluster(StatsJob job, int64_t entries, const StatsOutputs& out) {
+  const StatsClusterPlan plan = plan_stats_cluster(entries, job.in.count, true);
+  if (plan.blocks == 0) throw std::runtime_error("no cluster plan for this size");
+  job.chunks = job.groups = (job.in.count + kStatsChunk - 1) / kStatsChunk;
+  job.group_chunks = 1, job.entries = entries, job.dense = can_load_dense(job.in);
+  std::vector<uint32_t> sums(static_cast<size_t>(entries * job.chunks * kSumWords), 0x7FC0DEADu),
+      best(static_cast<size_t>(entries * job.groups * kGroupWords), 0x7FC0DEADu);
+  job.sums = reinterpret_cast<SumExp*>(sums.data()), job.best = reinterpret_cast<GroupBest*>(best.data());
+  switch (job.in.type) {
+    case FloatType::f32: return cluster<FloatType::f32>(job, out, plan);
+    case FloatType::bf16: return cluster<FloatType::bf16>(job, out, plan);
+    case FloatType::f16: return cluster<FloatType::f16>(job, out, plan);
+  }
+}
+
 }  // namespace
 
 extern "C" {
+
+void emulated_cluster_plan(int64_t entries, int64_t count, int64_t has_clusters, int64_t* out) {
+  const StatsClusterPlan p = plan_stats_cluster(entries, count, has_clusters != 0);
+  out[0] = p.blocks, out[1] = p.warps;
+}
+int emulated_stats_cluster(const StatsJob* job, int64_t entries, const StatsOutputs* out) {
+  return guarded([&] { run_cluster(*job, entries, *out); });
+}
 
 void emulated_plan(int64_t entries, int64_t count, int64_t* out) {
   const StatsPlan p = plan_stats(entries, count);

@@ -69,6 +69,7 @@ def library() -> ctypes.CDLL:
     lib = build("emulate_logit_stats.cpp")
     plan = [c_int64, c_int64, c_int64]
     lib.emulated_logit_stats.argtypes = [POINTER(Job), *plan, POINTER(Outputs)]
+    lib.emulated_stats_cluster.argtypes = [POINTER(Job), c_int64, POINTER(Outputs)]
     lib.emulated_stats_tile.argtypes = [POINTER(Job), *plan, POINTER(Tile)]
     lib.emulated_stats_finish.argtypes = [POINTER(Tile), POINTER(Outputs), c_int64]
     return lib
@@ -117,6 +118,15 @@ def logit_stats(a: dict, group_chunks: int = 0, entries_per_launch: int = 0) -> 
     job = _job(a, entries, 0, a["logits"].shape[1])
     out, pointers = _outputs(entries, job.inputs.n_ids, a["topk"])
     _run(library().emulated_logit_stats, byref(job), entries, group_chunks, entries_per_launch, byref(pointers))
+    return out
+
+
+def stats_cluster(a: dict) -> tuple[torch.Tensor, ...]:
+    """The same by the kernel that takes few rows where there are clusters."""
+    entries = a["logits"].shape[0] if a.get("rows") is None else len(a["rows"])
+    job = _job(a, entries, 0, a["logits"].shape[1])
+    out, pointers = _outputs(entries, job.inputs.n_ids, a["topk"])
+    _run(library().emulated_stats_cluster, byref(job), entries, byref(pointers))
     return out
 
 

@@ -42,6 +42,30 @@ def test_bits_do_not_depend_on_the_launch_or_the_layout(dtype, temperature):
         _same_bits(emulated.logit_stats(alone), tuple(t[e : e + 1] for t in want))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", (4097, 9001, 36870))
+def test_a_cluster_gives_the_same_bits_as_two_launches(vocab, dtype):
+    """One, and two, chunks a block; entries without a row, faults and lists included."""
+    for temperature in (0.0, 0.8):
+        a = call(vocab, dtype, seed=vocab, temperature=temperature)
+        _same_bits(emulated.stats_cluster(a), emulated.logit_stats(a))
+
+
+def test_cluster_plan():
+    lib = emulated.library()
+    out = (ctypes.c_int64 * 2)()
+
+    def plan(entries, count, clusters=True):
+        lib.emulated_cluster_plan(ctypes.c_int64(entries), ctypes.c_int64(count), ctypes.c_int64(clusters), out)
+        return tuple(out)
+
+    assert plan(32, 126_464) == (8, 4) and plan(32, 157_184) == (8, 5) and plan(1, 8192) == (2, 1) and plan(128, 5 * 4096) == (5, 1)
+    assert plan(129, 126_464) == plan(32, 4096) == plan(32, 64 * 4096 + 1) == plan(32, 126_464, False) == (0, 0)
+    for count in range(4097, 64 * 4096 + 1, 1777):
+        blocks, warps = plan(7, count)
+        assert 2 <= blocks <= 8 and 1 <= warps <= 8 and blocks * warps * 4096 >= count and (blocks - 1) * warps * 4096 < count
+
+
 @pytest.mark.parametrize("temperature", (0.0, 0.9))
 @pytest.mark.parametrize("seed", (4, 5, 8))
 def test_tiles_give_the_same_bits_as_one_pass(temperature, seed):

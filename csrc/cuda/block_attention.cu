@@ -1,6 +1,5 @@
 // block_attention on CUDA: checks (the CPU's own), outputs, the plan, one launch; a memset of counters before it where splits merge through
 // the workspace. Device code: block_attention_wgmma.cuh (Hopper, few rows), block_attention_mma.cuh (bf16, fp16), block_attention_plain.cuh (all else); the cut of the work: block_attention_plan.h.
-#include <atomic>
 #include <cstdlib>
 
 #include <torch/csrc/stable/ops.h>
@@ -9,17 +8,13 @@
 #include "common/register.h"
 #include "cuda/block_attention_launch.cuh"
 #include "cuda/block_attention_plain.cuh"
+#include "cuda/common/device.h"
 #include "cuda/common/dispatch.h"
 
 namespace unmask::cuda {
 namespace {
 
 constexpr const char* kOp = "block_attention";
-#if defined(UNMASK_WITH_SM90A)
-constexpr bool kCompiledForHopper = true;
-#else
-constexpr bool kCompiledForHopper = false;
-#endif
 
 // UNMASK_CUDA_ATTENTION=mma keeps the Hopper kernel out, so that one process can time the two side by side.
 bool hopper_wanted() {
@@ -28,24 +23,6 @@ bool hopper_wanted() {
   const std::string value = set;
   if (value != "mma" && value != "wgmma") fail_must_be(kOp, "UNMASK_CUDA_ATTENTION", "mma or wgmma", value);
   return value == "wgmma";
-}
-
-// What the plan needs to know of the current device; asked once, four ints of the driver's table a device.
-AttentionDevice current_device(const Launch& launch) {
-  constexpr int kMost = 64;
-  static std::atomic<int> known[kMost][4];
-  static constexpr cudaDeviceAttr kAsked[4] = {cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                               cudaDevAttrMaxSharedMemoryPerMultiprocessor,
-                                               cudaDevAttrComputeCapabilityMajor};
-  int device = 0, value[4];
-  launch.check(cudaGetDevice(&device));
-  for (int i = 0; i < 4; ++i) {
-    value[i] = device < kMost ? known[device][i].load(std::memory_order_relaxed) : 0;
-    if (value[i] != 0) continue;
-    launch.check(cudaDeviceGetAttribute(&value[i], kAsked[i], device));
-    if (device < kMost) known[device][i].store(value[i], std::memory_order_relaxed);
-  }
-  return {value[0], value[1], value[2], value[3] >= 9, kCompiledForHopper && value[3] == 9};
 }
 
 bool divisible(const Tensor& t, int64_t bytes) {  // base and all strides but the last; the last dimension is dense
@@ -118,7 +95,10 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k_cach
                              hopper_wanted() && can_map(k_cache.sizes().data(), k_cache.strides().data()) &&
                                  can_map(v_cache.sizes().data(), v_cache.strides().data()),
                              batch_invariant};
-  const AttentionPlan plan = plan_attention(shape, current_device(launch));
+  const DeviceFacts device = current_device(launch);
+  const AttentionPlan plan =
+      plan_attention(shape, {device.multiprocessors, device.shared_per_block, device.shared_per_multiprocessor,
+                             device.major >= 9, device.has_hopper_kernels()});
   if (plan.blocks == 0) return {out, lse};
   if (plan.blocks > INT32_MAX)
     fail(kOp, "too much for one launch: " + std::to_string(plan.blocks) + " blocks of work, at most 2147483647");

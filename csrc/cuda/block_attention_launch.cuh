@@ -1,7 +1,7 @@
 // Launches of the tile kernels of block_attention: one translation unit per element type includes this and defines its function.
 #pragma once
 #include "cuda/block_attention_mma.cuh"
-#include "cuda/common/stream.h"
+#include "cuda/common/device.h"
 
 namespace unmask::cuda {
 
@@ -17,18 +17,8 @@ void launch_attention_kernel(Kernel kernel, const Job& job, const AttentionPlan&
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)));
   launch.check(
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(plan.splits), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = {static_cast<unsigned>(plan.blocks), 1, 1};
-  config.blockDim = {kAttentionWarps * 32, 1, 1};
-  config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
-  config.stream = launch.stream;
-  config.attrs = &cluster;
-  config.numAttrs = plan.cluster ? 1 : 0;
-  launch.check(cudaLaunchKernelEx(&config, kernel, job));
-  launch.check();
+  launch_clusters(launch, kernel, plan.blocks, kAttentionWarps * 32, plan.shared_bytes, plan.cluster ? plan.splits : 1,
+                  job);
 }
 
 template <FloatType kType, int kDim, int kRowWarps>

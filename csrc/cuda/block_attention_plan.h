@@ -11,7 +11,8 @@ namespace unmask::cuda {
 constexpr int kTileKeys = 64;  // keys per pipeline stage
 constexpr int kAttentionWarps = 4;  // per block
 constexpr int64_t kWgmmaRows = 64;  // packed rows of an entry up to which the Hopper kernel is taken
-constexpr int64_t kLeastSlots = 4, kMostSlots = 12;  // of its ring; a step holds V and the next K, and waits for two more
+constexpr int64_t kLeastSlots = 4,
+                  kMostSlots = 12;  // of its ring; a step holds V and the next K, and waits for two more
 constexpr int kPlainTile = 4;  // packed rows per block of the plain kernel, one a warp
 constexpr int64_t kMinSplitKeys = 256;  // a shorter split costs more in merging than it saves in reading
 constexpr int64_t kInvariantSplitKeys = 2048;

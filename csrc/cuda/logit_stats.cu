@@ -7,7 +7,7 @@
 
 #include "common/logit_stats_args.h"
 #include "common/register.h"
-#include "cuda/common/stream.h"
+#include "cuda/common/device.h"
 #include "cuda/logit_stats_fold.cuh"
 #include "cuda/logit_stats_plan.h"
 
@@ -82,6 +82,33 @@ void run(StatsJob job, int64_t entries, const Tensor& like, const Launch& launch
   }
 }
 
+template <FloatType kType>
+void launch_cluster(const StatsJob& job, const StatsOutputs& out, const StatsClusterPlan& plan, const Launch& launch) {
+  const auto kernel = job.in.temperature > 0.0f ? stats_cluster<kType, true> : stats_cluster<kType, false>;
+  launch_clusters(launch, kernel, job.entries * plan.blocks, plan.warps * 32, plan.shared_bytes(), plan.blocks, job,
+                  out, plan.blocks, plan.warps);
+}
+
+// Scan and fold in one launch.
+void run_cluster(StatsJob job, int64_t entries, const Tensor& like, const Launch& launch, const char* op,
+                 const StatsClusterPlan& plan, const StatsOutputs& out) {
+  if (entries == 0) return;
+  job.chunks = job.groups = (job.in.count + kStatsChunk - 1) / kStatsChunk;
+  job.group_chunks = 1;
+  job.entries = entries;
+  const Tensor sums = empty(like, {entries * job.chunks * kSumWords}, ScalarType::Float);
+  const Tensor best = empty(like, {entries * job.groups * kGroupWords}, ScalarType::Int);
+  job.sums = reinterpret_cast<SumExp*>(data<float>(sums));
+  job.best = reinterpret_cast<GroupBest*>(data<int32_t>(best));
+  switch (job.in.type) {
+    case FloatType::f32: return launch_cluster<FloatType::f32>(job, out, plan, launch);
+    case FloatType::bf16: return launch_cluster<FloatType::bf16>(job, out, plan, launch);
+    case FloatType::f16: return launch_cluster<FloatType::f16>(job, out, plan, launch);
+  }
+  fail_must_be(op, "logits", "float32, bfloat16 or float16",
+               "dtype code " + std::to_string(static_cast<int>(job.in.type)));
+}
+
 StatsJob new_job(const StatsInputs& in, const StatsArguments& args, const StatsRows& rows) {
   StatsJob job{};
   job.in = in;
@@ -104,6 +131,11 @@ Outputs logit_stats(const Tensor& logits, const OptTensor& rows, const OptTensor
   const Launch launch(check.op, logits);
   StatsOutputs f;
   Outputs out = new_outputs(logits, which.entries, in.n_ids, topk, &f);
+  const StatsClusterPlan cluster = plan_stats_cluster(which.entries, in.count, current_device(launch).has_clusters());
+  if (cluster.blocks > 0) {
+    run_cluster(new_job(in, args, which), which.entries, logits, launch, check.op, cluster, f);
+    return out;
+  }
   run(new_job(in, args, which), which.entries, logits, launch, check.op, [&](const StatsJob& job) {
     stats_fold<<<blocks_for(job.entries), kWarpsPerBlock * 32, 0, launch.stream>>>(job, f);
   });

@@ -10,7 +10,8 @@
 // B an id in bf16. Split: stats_scan gives one warp a group of 1..8 whole chunks of one entry; warps never wait for
 // each other (no block barrier, no atomics between warps). stats_fold gives one warp an entry: it folds that entry's
 // partials in order and writes the outputs. Two launches and no ticket counter: a counter would have to survive between
-// calls, and would be shared by streams that run at once.
+// calls, and would be shared by streams that run at once. Few rows on sm_90 and later take one launch (stats_cluster): the blocks of a
+// cluster wait for each other without a counter, and the sums are the same.
 //
 // Candidates: a warp keeps its best `kept` (<= 8) in lanes 0..7. A slice is searched only if its maximum beats the
 // worst of them, which gets rare after a few slices. Sampling: a slice is skipped if its maximum plus the largest noise
@@ -23,6 +24,7 @@
 namespace unmask::cuda {
 
 constexpr int kWarpsPerBlock = 4;
+constexpr int kMostClusterWarps = 8;  // per block of stats_cluster
 constexpr int kSliceIds = 512;  // 2 runs a lane
 constexpr int kSliceValues = 16;
 constexpr int kSlices = static_cast<int>(kStatsChunk) / kSliceIds;
@@ -292,7 +294,8 @@ struct LaneSample {
 };
 
 // ---- first launch: every group of chunks on its own ---------------------------------------------------------------
-template <FloatType kType, bool kSampled>
+// kAhead: slices in flight, 8 registers (fp32: 16) and 1 KB (2 KB) a warp each.
+template <FloatType kType, bool kSampled, int kAhead>
 struct GroupScan {
   const StatsJob& job;
   int64_t entry;
@@ -309,7 +312,6 @@ struct GroupScan {
   }
 
   UNMASK_DEVICE SumExp chunk(int64_t first) {
-    constexpr int kAhead = kType == FloatType::f32 ? 1 : 2;  // slices in flight: 16 registers, 2 KB a warp
     Run<kType> next[kAhead][2];
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
@@ -352,21 +354,15 @@ struct GroupScan {
   }
 };
 
-template <FloatType kType, bool kSampled>
-UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, 4)
-stats_scan(const StatsJob job) {
-  __shared__ uint32_t marks[kWarpsPerBlock][2][kMarkWords];
-  const int warp = warp_in_block();
-  const int64_t unit = block_index() * kWarpsPerBlock + warp;
-  const int64_t local = unit / job.groups, group = unit % job.groups, entry = job.entry_begin + local;
-  if (local >= job.entries) return;
-  const int64_t row = row_of(job, entry);
-  if (!row_exists(job, row))
-    return;  // stats_fold writes the outputs of such an entry without reading any partial result
+// One warp's group of chunks, to the workspace. False for an entry without a row: its outputs are written without any partial result.
+template <FloatType kType, bool kSampled, int kAhead>
+UNMASK_DEVICE bool scan_group(const StatsJob& job, int64_t local, int64_t group, uint32_t (&marks)[2][kMarkWords]) {
+  const int64_t entry = job.entry_begin + local, row = row_of(job, entry);
+  if (!row_exists(job, row)) return false;
   const StatsInputs& in = job.in;
-  GroupScan<kType, kSampled> scan{job, entry,
-                                  static_cast<const typename Element<kType>::Bits*>(in.logits) + row * in.row_stride,
-                                  marks[warp][0], marks[warp][1]};
+  GroupScan<kType, kSampled, kAhead> scan{
+      job, entry, static_cast<const typename Element<kType>::Bits*>(in.logits) + row * in.row_stride, marks[0],
+      marks[1]};
   if constexpr (kSampled) {
     scan.key = {static_cast<uint64_t>(in.seed[entry * in.seed_stride]),
                 static_cast<uint32_t>(in.step[entry * in.step_stride]),
@@ -385,6 +381,17 @@ stats_scan(const StatsJob job) {
     if (lane_id() == 0) out.sample = best;
   }
   if (lane_id() == 0) out.status = nan ? kStatusNaN : kStatusOk;
+  return true;
+}
+
+template <FloatType kType, bool kSampled>
+UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, 4)
+stats_scan(const StatsJob job) {
+  __shared__ uint32_t marks[kWarpsPerBlock][2][kMarkWords];
+  const int64_t unit = block_index() * kWarpsPerBlock + warp_in_block();
+  if (unit / job.groups >= job.entries) return;
+  scan_group<kType, kSampled, kType == FloatType::f32 ? 1 : 2>(job, unit / job.groups, unit % job.groups,
+                                                               marks[warp_in_block()]);
 }
 
 }  // namespace unmask::cuda

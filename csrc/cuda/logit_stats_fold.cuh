@@ -161,9 +161,8 @@ UNMASK_DEVICE void write_outputs(const StatsOutputs& out, int64_t entry, const W
 
 UNMASK_DEVICE int64_t entry_of_warp() { return block_index() * kWarpsPerBlock + warp_in_block(); }
 
-UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, 4) stats_fold(const StatsJob job, const StatsOutputs out) {
-  if (entry_of_warp() >= job.entries) return;
-  const int64_t entry = job.entry_begin + entry_of_warp(), row = row_of(job, entry);
+UNMASK_DEVICE void finish_entry(const StatsJob& job, const StatsOutputs& out, int64_t entry) {
+  const int64_t row = row_of(job, entry);
   WarpState st;
   st.kept = job.in.kept;
   if (row_exists(job, row)) {
@@ -178,6 +177,23 @@ UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, 4) stats_fold(const StatsJob job, cons
     st.status = kStatusBadRow;
   }
   write_outputs(out, entry, st);
+}
+
+UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, 4) stats_fold(const StatsJob job, const StatsOutputs out) {
+  if (entry_of_warp() < job.entries) finish_entry(job, out, job.entry_begin + entry_of_warp());
+}
+
+// Few rows, sm_90 and later: both launches in one. The blocks of a cluster share an entry, each warp takes one chunk and asks for all of it
+// at once (64 registers), so that a row costs one trip to memory; the first warp then folds what the cluster's barrier made visible.
+template <FloatType kType, bool kSampled>
+UNMASK_KERNEL_BOUNDS(kMostClusterWarps * 32, 1)
+stats_cluster(const StatsJob job, const StatsOutputs out, const int cluster, const int warps) {
+  auto* marks = reinterpret_cast<uint32_t (*)[2][kMarkWords]>(dynamic_shared());  // of each warp
+  const int64_t local = block_index() / cluster, chunk = block_index() % cluster * warps + warp_in_block();
+  if (chunk < job.chunks)
+    scan_group<kType, kSampled, kType == FloatType::f32 ? 4 : 8>(job, local, chunk, marks[warp_in_block()]);
+  cluster_sync();
+  if (chunk == 0) finish_entry(job, out, job.entry_begin + local);
 }
 
 // Folds one tile into the running states; id_logit [T', n_ids] may be null if there are no ids.

@@ -28,6 +28,23 @@ inline StatsPlan plan_stats(int64_t entries, int64_t count) {
   return p;
 }
 
+constexpr int64_t kClusterEntries = 128;  // more rows keep the machine busy without clusters
+constexpr int64_t kStatsClusterBlocks = 8;
+
+// One launch with a cluster per entry: how many blocks it has, and warps each, one chunk a warp. blocks 0: not taken.
+struct StatsClusterPlan {
+  int blocks, warps;
+  int64_t shared_bytes() const { return int64_t{warps} * 2 * kMarkWords * 4; }
+};
+
+inline StatsClusterPlan plan_stats_cluster(int64_t entries, int64_t count, bool has_clusters) {
+  const int64_t chunks = (count + kStatsChunk - 1) / kStatsChunk;
+  if (!has_clusters || entries > kClusterEntries || chunks < 2 || chunks > kStatsClusterBlocks * kMostClusterWarps)
+    return {0, 0};
+  const int64_t warps = (chunks + kStatsClusterBlocks - 1) / kStatsClusterBlocks;
+  return {static_cast<int>((chunks + warps - 1) / warps), static_cast<int>(warps)};
+}
+
 // Rows start at multiples of 16 bytes and hold neighbouring ids.
 inline bool can_load_dense(const StatsInputs& in) {
   const int64_t size = in.type == FloatType::f32 ? 4 : 2;
