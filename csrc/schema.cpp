@@ -41,6 +41,13 @@ STABLE_TORCH_LIBRARY(unmask, m) {
       "stats_finish(Tensor state, Tensor? id_logit, int topk) "
       "-> (Tensor ids, Tensor values, Tensor status)");
 
+  // hidden @ weight^T and logit_stats in one pass over the weights, for up to 64 rows; logits are never stored. CUDA, sm_90a.
+  m.def(
+      "fused_head_stats(Tensor hidden, Tensor weight, Tensor? rows, Tensor? forbid, Tensor? suppress, Tensor? "
+      "bias_ids, "
+      "Tensor? bias, Tensor? ids, int topk, float temperature, Tensor? seed, Tensor? step, Tensor? pos) "
+      "-> (Tensor ids, Tensor values, Tensor status)");
+
   // Order eligible positions by (score desc, position asc), apply the rule, write tokens in place. -> (committed, count, left)
   m.def(
       "commit(Tensor(a!) canvas, Tensor(b!) masked, Tensor cu, Tensor row, Tensor pos, Tensor token, Tensor score, "

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "cuda/logit_stats_fold.cuh"
+#include "cuda/logit_stats_kernels.cuh"
 #include "cuda/logit_stats_plan.h"
 
 using namespace unmask;

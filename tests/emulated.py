@@ -36,7 +36,7 @@ class Job(ctypes.Structure):  # StatsJob, csrc/cuda/logit_stats.cuh
     _fields_ = [
         ("inputs", Inputs), ("forbid", Ids), ("suppress", Ids), ("rows", c_void_p), ("rows_stride", c_int64), ("n_rows", c_int64),
         ("entry_begin", c_int64), ("entries", c_int64), ("chunks", c_int64), ("group_chunks", c_int64), ("groups", c_int64),
-        ("dense", c_bool), ("sums", c_void_p), ("best", c_void_p),
+        ("dense", c_bool), ("sums", c_void_p), ("best", c_void_p), ("id_logit", c_void_p), ("tree", c_bool),
     ]  # fmt: skip
 
 
@@ -127,6 +127,20 @@ def stats_cluster(a: dict) -> tuple[torch.Tensor, ...]:
     job = _job(a, entries, 0, a["logits"].shape[1])
     out, pointers = _outputs(entries, job.inputs.n_ids, a["topk"])
     _run(library().emulated_stats_cluster, byref(job), entries, byref(pointers))
+    return out
+
+
+def fused_head_stats(a: dict, hidden: torch.Tensor, weight: torch.Tensor, multiprocessors: int = 3, when: int = 0) -> tuple[torch.Tensor, ...]:
+    """The op's outputs. a: as for logit_stats, `logits` left out; when: see block_attention's `eager`."""
+    lib = build("emulate_head_stats.cpp")
+    lib.emulated_head_stats.argtypes = [POINTER(Job), c_void_p, c_int64, c_void_p, *[c_int64] * 4, POINTER(Outputs)]
+    entries, vocab = hidden.shape[0] if a.get("rows") is None else len(a["rows"]), weight.shape[0]
+    job = _job(a | {"logits": hidden}, entries, 0, vocab)
+    job.entries = entries
+    out, pointers = _outputs(entries, job.inputs.n_ids, a["topk"])
+    args = (hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), hidden.shape[1], weight.stride(0), multiprocessors, when)
+    if lib.emulated_head_stats(byref(job), *args, byref(pointers)) != 0:
+        raise RuntimeError(lib.emulated_error().decode())
     return out
 
 

@@ -1,6 +1,6 @@
 // logit_stats / stats_tile / stats_finish on CUDA: checks (the CPU's own), outputs, the split of the work, launches. No
 // host sync, and no memory besides torch tensors, so CUDA graphs can capture the calls. Device code: logit_stats.cuh,
-// logit_stats_fold.cuh.
+// logit_stats_fold.cuh, logit_stats_kernels.cuh.
 #include <tuple>
 
 #include <torch/csrc/stable/ops.h>
@@ -8,7 +8,7 @@
 #include "common/logit_stats_args.h"
 #include "common/register.h"
 #include "cuda/common/device.h"
-#include "cuda/logit_stats_fold.cuh"
+#include "cuda/logit_stats_kernels.cuh"
 #include "cuda/logit_stats_plan.h"
 
 namespace unmask::cuda {

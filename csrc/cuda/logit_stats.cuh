@@ -53,6 +53,8 @@ struct StatsJob {
   bool dense;  // 16-byte loads are possible
   SumExp* sums;  // [entries, chunks]
   GroupBest* best;  // [entries, groups]
+  const float* id_logit;  // [entries, n_ids]: the logits at `ids`, where there are no logits to read; else null
+  bool tree;  // chunks merge in a tree, not left to right
 };
 
 UNMASK_DEVICE int64_t row_of(const StatsJob& job, int64_t entry) {
@@ -92,7 +94,7 @@ UNMASK_DEVICE float load_logit(const StatsInputs& in, int64_t row, int64_t colum
 
 // ---- ids that are forbidden, suppressed or biased -----------------------------------------------------------------
 // Marks the ids of `set` that lie in [base, base + n) in a bit per id. False, and nothing written, if there are none.
-UNMASK_DEVICE bool mark_ids(const IdSet& set, int64_t base, int64_t n, uint32_t* marks) {
+UNMASK_DEVICE bool mark_ids(const IdSet& set, int64_t base, int64_t n, uint32_t* marks, int words = kMarkWords) {
   bool any = false;
   for (int64_t i = lane_id(); i < set.n; i += 32) {
     const int64_t at = set.ids[i * set.stride] - base;
@@ -100,7 +102,7 @@ UNMASK_DEVICE bool mark_ids(const IdSet& set, int64_t base, int64_t n, uint32_t*
   }
   if (warp_ballot(any) == 0) return false;
   warp_sync();  // the marks of the chunk before have been read
-  for (int w = lane_id(); w < kMarkWords; w += 32) marks[w] = 0;
+  for (int w = lane_id(); w < words; w += 32) marks[w] = 0;
   warp_sync();
   for (int64_t i = lane_id(); i < set.n; i += 32) {
     const int64_t at = set.ids[i * set.stride] - base;
@@ -137,27 +139,31 @@ UNMASK_DEVICE int lane_of(int at) { return (at >> 3) & 31; }
 UNMASK_DEVICE int value_of(int at) { return (at >> 8) * kRun + (at & 7); }
 UNMASK_DEVICE int slice_id(int value, int lane) { return (value >> 3) * 256 + lane * kRun + (value & 7); }
 
-UNMASK_DEVICE void add_bias(const StatsInputs& in, int64_t entry, int64_t base, float* x) {
+// A slice of kN values a lane: 512 ids for kSliceValues, 256 for 8.
+template <int kN>
+UNMASK_DEVICE void add_bias(const StatsInputs& in, int64_t entry, int64_t base, float (&x)[kN]) {
   for (int64_t j = 0; j < in.n_bias; ++j) {  // in list order: duplicates add up
     const int64_t at = bias_id(in, entry, j) - base;
-    if (at < 0 || at >= kSliceIds || lane_of(static_cast<int>(at)) != lane_id()) continue;
+    if (at < 0 || at >= kN * 32 || lane_of(static_cast<int>(at)) != lane_id()) continue;
     const int i = value_of(static_cast<int>(at));
     const float b = bias_value(in, entry, j);
 #pragma unroll
-    for (int k = 0; k < kSliceValues; ++k) x[k] = k == i ? x[k] + b : x[k];
+    for (int k = 0; k < kN; ++k) x[k] = k == i ? x[k] + b : x[k];
   }
 }
 
-UNMASK_DEVICE void set_marked(float* x, uint32_t marks, float v) {
+template <int kN>
+UNMASK_DEVICE void set_marked(float (&x)[kN], uint32_t marks, float v) {
 #pragma unroll
-  for (int k = 0; k < kSliceValues; ++k) x[k] = (marks >> k & 1u) != 0 ? v : x[k];
+  for (int k = 0; k < kN; ++k) x[k] = (marks >> k & 1u) != 0 ? v : x[k];
 }
 
 // ---- reductions ---------------------------------------------------------------------------------------------------
-UNMASK_DEVICE float lane_max(const float* x) {  // NaN loses
+template <int kN>
+UNMASK_DEVICE float lane_max(const float (&x)[kN]) {  // NaN loses
   float m = x[0];
 #pragma unroll
-  for (int k = 1; k < kSliceValues; ++k) m = max_drop_nan(m, x[k]);
+  for (int k = 1; k < kN; ++k) m = max_drop_nan(m, x[k]);
   return max_drop_nan(m, neg_inf());
 }
 
@@ -181,10 +187,11 @@ struct LaneSum {
     m = to;
   }
 
-  UNMASK_DEVICE void add(const float* x) {
+  template <int kN>
+  UNMASK_DEVICE void add(const float (&x)[kN]) {
     if (m == pos_inf()) {
 #pragma unroll
-      for (int k = 0; k < kSliceValues; ++k) {
+      for (int k = 0; k < kN; ++k) {
         nan = nan || x[k] != x[k];
         n = n + (x[k] == pos_inf() ? 1.0f : 0.0f);
       }
@@ -193,7 +200,7 @@ struct LaneSum {
     const float shift = m == neg_inf() ? 0.0f : m;
     float r1 = 0.0f, t1 = 0.0f;  // a second chain, for latency
 #pragma unroll
-    for (int k = 0; k < kSliceValues; k += 2) {
+    for (int k = 0; k < kN; k += 2) {
       const float d0 = max_keep_nan(x[k] - shift, kExpMin), d1 = max_keep_nan(x[k + 1] - shift, kExpMin);
       const float e0 = exp2_approx(d0 * kLog2e), e1 = exp2_approx(d1 * kLog2e);
       const bool at0 = x[k] == m, at1 = x[k + 1] == m;
@@ -231,16 +238,17 @@ struct TopList {
   }
 
   // Takes every value above the bar out of a slice whose maximum over the warp is `best`.
-  UNMASK_DEVICE void take(int kept, float* x, float best, int32_t base) {
+  template <int kN>
+  UNMASK_DEVICE void take(int kept, float (&x)[kN], float best, int32_t base) {
     while (best > bar) {
-      int mine = kSliceValues;
+      int mine = kN;
       float exact = best;  // -0 and +0 tie; report the one that is there
 #pragma unroll
-      for (int k = kSliceValues - 1; k >= 0; --k) {
+      for (int k = kN - 1; k >= 0; --k) {
         mine = x[k] == best ? k : mine;
         exact = x[k] == best ? x[k] : exact;
       }
-      const uint32_t key = mine < kSliceValues ? static_cast<uint32_t>(slice_id(mine, lane_id())) : 0xFFFFFFFFu;
+      const uint32_t key = mine < kN ? static_cast<uint32_t>(slice_id(mine, lane_id())) : 0xFFFFFFFFu;
       const int lowest = static_cast<int>(warp_min_u32(key));
       const int owner = lane_of(lowest);
       insert(kept, warp_get(exact, owner), base + lowest);
@@ -274,10 +282,11 @@ struct LaneSample {
   Sample mine = {neg_inf(), -1, neg_inf()};
   float bar = neg_inf();  // best score of the warp so far
 
-  UNMASK_DEVICE void add(const float* x, float best, float temperature, const NoiseKey& key, int32_t base) {
+  template <int kN>
+  UNMASK_DEVICE void add(const float (&x)[kN], float best, float temperature, const NoiseKey& key, int32_t base) {
     if (!(noisy_score(temperature, kGumbelMax, best) > bar)) return;
 #pragma unroll
-    for (int k = 0; k < kSliceValues; k += 4) {
+    for (int k = 0; k < kN; k += 4) {
       const float top = max_drop_nan(max_drop_nan(x[k], x[k + 1]), max_drop_nan(x[k + 2], x[k + 3]));
       if (!(noisy_score(temperature, kGumbelMax, top) > max_drop_nan(mine.score, bar))) continue;
       const int32_t id = base + slice_id(k, lane_id());

@@ -1,5 +1,5 @@
-// logit_stats on CUDA, second launch: one warp folds the partial results of one entry, in order, and writes its outputs
-// or its state. Also the end of stats_finish. Formula and layout: logit_stats.cuh and csrc/common/online.h.
+// logit_stats on CUDA, second step: one warp folds the partial results of one entry, in order, and writes its outputs or its state.
+// Formula and layout: logit_stats.cuh and csrc/common/online.h; the kernels: logit_stats_kernels.cuh.
 #pragma once
 #include "cuda/logit_stats.cuh"
 
@@ -95,11 +95,38 @@ UNMASK_DEVICE int32_t gather_ids(const StatsJob& job, int64_t entry, int64_t row
   return warp_ballot(bad) != 0 ? kStatusBadId : kStatusOk;
 }
 
+// The same from job.id_logit, which has a value for every id of the vocabulary.
+UNMASK_DEVICE int32_t take_ids(const StatsJob& job, int64_t entry, float* out) {
+  const StatsInputs& in = job.in;
+  bool bad = false;
+  for (int64_t i = lane_id(); i < in.n_ids; i += 32) {
+    const int64_t id = in.ids[entry * in.ids_stride[0] + i * in.ids_stride[1]];
+    bad = bad || id >= in.vocab;
+    if (id >= 0 && id < in.vocab) out[2 * i] = job.id_logit[(entry - job.entry_begin) * in.n_ids + i];
+  }
+  return warp_ballot(bad) != 0 ? kStatusBadId : kStatusOk;
+}
+
 UNMASK_DEVICE void fold_partials(const StatsJob& job, int64_t entry, WarpState* st) {
   const int64_t local = entry - job.entry_begin;
   const int kept = job.in.kept, lane = lane_id();
+  if (job.tree) {
+    // Every lane the partials next to each other, then neighbours: 5 + 5 dependent merges for 132 partials instead of 132.
+    const int64_t each = (job.chunks + 31) / 32;
+    SumExp mine = empty_sum();
+    for (int64_t i = 0; i < each; ++i) {
+      const int64_t c = lane * each + i;
+      if (c < job.chunks) mine = merge_sum(mine, job.sums[local * job.chunks + c]);
+    }
+    for (int by = 1; by < 32; by <<= 1) {
+      const int from = (lane + by) & 31;
+      const SumExp right = {warp_get(mine.m, from), warp_get(mine.r, from), warp_get(mine.t, from)};
+      if (lane % (2 * by) == 0) mine = merge_sum(mine, right);
+    }
+    st->sum = merge_sum(st->sum, {warp_get(mine.m, 0), warp_get(mine.r, 0), warp_get(mine.t, 0)});
+  }
   // Sums: strictly left to right. Lanes fetch 32 at a time, every lane does the same merges.
-  for (int64_t c = 0; c < job.chunks; c += 32) {
+  for (int64_t c = 0; !job.tree && c < job.chunks; c += 32) {
     SumExp mine = empty_sum();
     if (c + lane < job.chunks) mine = job.sums[local * job.chunks + c + lane];
     const int n = job.chunks - c < 32 ? static_cast<int>(job.chunks - c) : 32;
@@ -171,71 +198,11 @@ UNMASK_DEVICE void finish_entry(const StatsJob& job, const StatsOutputs& out, in
     fold_partials(job, entry, &st);
     float* logit = out.at_ids(entry) + 1;
     for (int64_t i = lane_id(); i < out.n_ids; i += 32) logit[2 * i] = neg_inf();
-    st.status |= gather_ids(job, entry, row, logit, 2);
+    st.status |= job.id_logit == nullptr ? gather_ids(job, entry, row, logit, 2) : take_ids(job, entry, logit);
   } else if (row != -1) {
     st.next = 1;
     st.status = kStatusBadRow;
   }
-  write_outputs(out, entry, st);
-}
-
-UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, 4) stats_fold(const StatsJob job, const StatsOutputs out) {
-  if (entry_of_warp() < job.entries) finish_entry(job, out, job.entry_begin + entry_of_warp());
-}
-
-// Few rows, sm_90 and later: both launches in one. The blocks of a cluster share an entry, each warp takes one chunk and asks for all of it
-// at once (64 registers), so that a row costs one trip to memory; the first warp then folds what the cluster's barrier made visible.
-template <FloatType kType, bool kSampled>
-UNMASK_KERNEL_BOUNDS(kMostClusterWarps * 32, 1)
-stats_cluster(const StatsJob job, const StatsOutputs out, const int cluster, const int warps) {
-  auto* marks = reinterpret_cast<uint32_t (*)[2][kMarkWords]>(dynamic_shared());  // of each warp
-  const int64_t local = block_index() / cluster, chunk = block_index() % cluster * warps + warp_in_block();
-  if (chunk < job.chunks)
-    scan_group<kType, kSampled, kType == FloatType::f32 ? 4 : 8>(job, local, chunk, marks[warp_in_block()]);
-  cluster_sync();
-  if (chunk == 0) finish_entry(job, out, job.entry_begin + local);
-}
-
-// Folds one tile into the running states; id_logit [T', n_ids] may be null if there are no ids.
-struct StateTile {
-  int32_t* state;
-  int64_t state_stride[2];
-  float* id_logit;
-  int64_t id_stride[2];
-};
-
-UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, 4) stats_fold_tile(const StatsJob job, const StateTile tile) {
-  if (entry_of_warp() >= job.entries) return;
-  const int64_t entry = job.entry_begin + entry_of_warp();
-  const StateRow row{tile.state + entry * tile.state_stride[0], tile.state_stride[1]};
-  float* logit = tile.id_logit + entry * tile.id_stride[0];
-  WarpState st = row.load();
-  if (st.next == 0) {  // empty: whatever else the words say
-    st = WarpState{};
-    st.kept = job.in.kept;
-    st.status = list_status(job);
-    for (int64_t i = lane_id(); i < job.in.n_ids; i += 32) logit[i * tile.id_stride[1]] = neg_inf();
-  }
-  if (st.next != job.in.offset || st.kept != job.in.kept) {  // tiles out of order, or another topk
-    st.status |= kStatusBadSegment;
-    st.next = st.next > 1 ? st.next : 1;
-  } else {
-    st.status |= bias_status(job.in, entry);
-    fold_partials(job, entry, &st);
-    st.status |= gather_ids(job, entry, entry, logit, tile.id_stride[1]);
-    st.next = static_cast<int32_t>(job.in.offset + job.in.count);
-  }
-  row.store(st);
-}
-
-UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, 4)
-stats_end(const StateTile tile, const StatsOutputs out, const int64_t entries) {
-  const int64_t entry = entry_of_warp();
-  if (entry >= entries) return;
-  WarpState st = StateRow{tile.state + entry * tile.state_stride[0], tile.state_stride[1]}.load();
-  if (st.next != 0 && out.topk > st.kept) st.status |= kStatusBadSegment;  // the tiles kept fewer
-  const float* logit = tile.id_logit + entry * tile.id_stride[0];
-  for (int64_t i = lane_id(); i < out.n_ids; i += 32) out.at_ids(entry)[2 * i + 1] = logit[i * tile.id_stride[1]];
   write_outputs(out, entry, st);
 }
 

@@ -4,16 +4,24 @@ The GEMM is the library's (oneDNN with weights packed once, see `unmask.ops.line
 ours. A tile of 32 rows is 1 MB of fp32 logits, so it is reduced while it is still in the cache; tiles of 4,096 ids take 7 to 10% longer at
 16 and 32 rows (the library's cost per call), longer tiles no less. Tiles are multiples of the reduction's own chunk, so the result is
 bit-identical to `logit_stats` on the concatenated logits.
+
+On a Hopper GPU up to 64 rows of bf16 or fp16 go through one kernel instead (`torch.ops.unmask.fused_head_stats`): it reads the weights once
+and reduces the logits, rounded to the model's dtype, where the product leaves them. Its sums are grouped otherwise, so they may differ from
+`logit_stats` in the last bits; they do not depend on the other rows.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from .info import cuda_archs
 from .linear import Format, Linear, pad_rows
-from .logit_stats import CHUNK, LogitStats, new_state, stats_finish, stats_tile
+from .logit_stats import CHUNK, FIELDS, LogitStats, new_state, stats_finish, stats_tile
 
 TILE = 8192
+FUSED_ROWS = 64  # most entries of the fused kernel
 LOGITS_BYTES = 16 << 20  # of one tile, alive at a time, where the rows are not counted on the host (CUDA)
 
 
@@ -31,6 +39,7 @@ class Head:
         else:
             self.tiles = [Linear(weight[i : i + tile].contiguous(), format) for i in range(0, self.vocab_size, tile)]
         self.tile = tile
+        self.weight = weight if weight.device.type == "cuda" else None  # tiles are views of it
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[M, d] -> [M, V], materialised: for tests and for users who ask for logits; the decoder never does."""
@@ -69,7 +78,36 @@ def head_stats(
         rows = torch.arange(hidden.shape[0], device=hidden.device)
     shared = dict(forbid=forbid, suppress=suppress, topk=topk, temperature=temperature)
     per_entry = dict(bias_ids=bias_ids, bias=bias, ids=ids, seed=seed, step=step, pos=pos)
-    return (_live_entries if hidden.device.type == "cpu" else _all_entries)(hidden, head, rows, shared, per_entry)
+    if hidden.device.type == "cpu":
+        return _live_entries(hidden, head, rows, shared, per_entry)
+    if fused_head_fits(hidden, head, rows.shape[0]):
+        lists = (forbid, suppress, bias_ids, bias, ids)
+        return LogitStats(*torch.ops.unmask.fused_head_stats(hidden, head.weight, rows, *lists, topk, temperature, seed, step, pos))
+    return _all_entries(hidden, head, rows, shared, per_entry)
+
+
+def fused_head_fits(hidden: torch.Tensor, head: Head, entries: int) -> bool:
+    """True if the fused kernel takes this call: a Hopper GPU, a library with sm_90a, bf16 or fp16, rows at multiples of 16 bytes."""
+    if head.weight is None or entries > FUSED_ROWS or hidden.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    aligned = all(t.stride(1) == 1 and t.stride(0) > 0 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, head.weight))
+    return aligned and hidden.shape[1] % 8 == 0 and _hopper(hidden.device)
+
+
+@functools.cache
+def _hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9 and 90 in cuda_archs()
+
+
+@torch.library.register_fake("unmask::fused_head_stats")
+def _(hidden, weight, rows, forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos):
+    n = hidden.shape[0] if rows is None else rows.shape[0]
+    width = FIELDS + 2 * (0 if ids is None else ids.shape[1]) + topk
+    return (
+        hidden.new_empty((n, 1 + topk), dtype=torch.int64),
+        hidden.new_empty((n, width), dtype=torch.float32),
+        hidden.new_empty((n,), dtype=torch.int32),
+    )
 
 
 def _live_entries(hidden: torch.Tensor, head: Head, rows: torch.Tensor, shared: dict, per_entry: dict) -> LogitStats:
