@@ -20,7 +20,7 @@ for word in "$@"; do
 done
 [ ${#stages[@]} -gt 0 ] || stages=(info tests sanitize bench)
 mkdir -p "$out"
-gpu_tests=(tests/test_cuda_logit_stats.py tests/test_cuda_ops.py tests/test_cuda_attention.py tests/test_cuda_golden.py)
+gpu_tests=(tests/test_cuda_logit_stats.py tests/test_cuda_ops.py tests/test_cuda_attention.py tests/test_cuda_head.py tests/test_cuda_golden.py)
 failed=()
 
 info() {
@@ -36,7 +36,8 @@ sanitize() {
   local set=(tests/test_cuda_logit_stats.py::test_tiles_give_the_same_bits_as_one_pass tests/test_cuda_ops.py::test_rope_faults_and_duplicate_slots
     "tests/test_cuda_ops.py::test_many_candidates" "tests/test_cuda_ops.py::test_rows"
     "tests/test_cuda_attention.py::test_lengths_and_splits" tests/test_cuda_attention.py::test_faults_set_status_and_give_zeros
-    "tests/test_cuda_attention.py::test_an_invalid_cache_row_reaches_only_its_readers")
+    "tests/test_cuda_attention.py::test_an_invalid_cache_row_reaches_only_its_readers"
+    "tests/test_cuda_head.py::test_a_nan_stays_in_its_row" "tests/test_cuda_head.py::test_a_call_of_a_case_list_runs")
   if [ $dry = 1 ]; then "$python" -m pytest -q --collect-only "${set[@]}" | tail -n 2; return; fi
   local tool
   for tool in memcheck racecheck; do

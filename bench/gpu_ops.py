@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import torch
 import machine
 import report
 from unmask import ops
+from unmask.ops.head_stats import Head, head_stats
 
 ROTATE_BYTES = 256 << 20
 ROUNDS = 9
@@ -56,6 +58,33 @@ def logit_stats(rows: int, vocab: int, dry: bool, device: str) -> Case:
 
     calls = {"ours": lambda i: ops.logit_stats(x[i % len(x)]), "argmax + fp64 softmax": select64, "topk + logsumexp": select32}
     return Case(f"logit_stats [{rows}, {vocab}] bf16", rows * vocab * 2, calls)
+
+
+def head(rows: int, vocab: int, width: int, dry: bool, device: str) -> Case:
+    """LM head and statistics of masked rows: ours (fused on Hopper up to 64 rows), and cuBLAS with what users run on its logits."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    hidden = rotating(lambda: torch.randn(rows, width, device=device).to(dtype), dry)[:8]
+    weight = (torch.randn(vocab, width, device=device) * width**-0.5).to(dtype)  # far larger than L2
+    ours = Head(weight, "plain")
+    every = torch.arange(rows, device=device)
+
+    def select(logits: torch.Tensor):
+        top = torch.topk(logits.float(), 2)
+        return top, torch.logsumexp(logits.float(), -1)
+
+    def select64(i: int):
+        logits = torch.nn.functional.linear(hidden[i % len(hidden)], weight)
+        token = logits.argmax(-1)
+        return token, torch.softmax(logits.double(), -1).gather(-1, token[:, None])
+
+    compiled = select if dry else torch.compile(select, dynamic=False)
+    calls = {
+        "ours": lambda i: head_stats(hidden[i % len(hidden)], ours, every),
+        "cuBLAS + argmax + fp64 softmax": select64,
+        "cuBLAS + compiled topk, logsumexp": lambda i: compiled(torch.nn.functional.linear(hidden[i % len(hidden)], weight)),
+        "cuBLAS alone": lambda i: torch.nn.functional.linear(hidden[i % len(hidden)], weight),
+    }
+    return Case(f"head_stats {rows} rows, [{vocab}, {width}] bf16", vocab * width * 2, calls, 2 * rows * vocab * width)
 
 
 def commit(rows: int, block: int, dry: bool, device: str) -> Case:
@@ -126,8 +155,17 @@ def attention(batch: int, heads: int, kv_heads: int, block: int, prefix: int, dr
         k, v = (torch.cat((x[:, :, :prefix], x[:, :, prefix:]), 2) for x in caches[i % len(caches)])
         return torch.nn.functional.scaled_dot_product_attention(q4, k, v, enable_gqa=gqa)
 
+    def without_hopper(i: int):  # variant P where A would be taken
+        os.environ["UNMASK_CUDA_ATTENTION"] = "mma"
+        try:
+            return ours(i)
+        finally:
+            del os.environ["UNMASK_CUDA_ATTENTION"]
+
     calls = {"ours": ours, "ours, batch_invariant": lambda i: ours(i, True), "SDPA": sdpa, "cat + SDPA": cat}
     if device == "cuda":
+        if torch.cuda.get_device_capability()[0] == 9:
+            calls["ours, mma.sync only"] = without_hopper
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
@@ -169,12 +207,13 @@ def rows(tokens: int, width: int, dry: bool, device: str) -> list[Case]:
 def cases(dry: bool, device: str) -> list[Case]:
     if dry:
         return [logit_stats(2, 5000, dry, device), commit(2, 8, dry, device), rope_append(3, 4, 2, dry, device),
-                attention(2, 4, 2, 8, 40, dry, device), *rows(2, 64, dry, device)]  # fmt: skip
+                attention(2, 4, 2, 8, 40, dry, device), head(2, 5000, 64, dry, device), *rows(2, 64, dry, device)]  # fmt: skip
     return [
         *(logit_stats(n, v, dry, device) for n, v in ((32, 126_464), (256, 126_464), (1024, 126_464), (32, 152_064))),
         commit(64, 128, dry, device), commit(8, 32, dry, device),
         *(rope_append(t, h, kv, dry, device) for t, h, kv in ((32, 32, 32), (256, 32, 32), (32, 28, 4), (4096, 32, 32))),
         *(attention(b, h, kv, 32, p, dry, device) for h, kv in ((32, 32), (28, 4), (16, 4)) for b, p in ATTENTION),
+        *(head(n, v, d, dry, device) for n, v, d in ((32, 126_464, 4096), (64, 126_464, 4096), (256, 126_464, 4096), (32, 152_064, 3584), (32, 157_184, 2048))),
         *rows(32, 4096, dry, device), *rows(4096, 4096, dry, device),
     ]  # fmt: skip
 

@@ -39,7 +39,7 @@ if(NOT UNMASK_CUDA STREQUAL "OFF" AND UNMASK_CUDA_SOURCES)
       target_compile_options(${name} PRIVATE -fmad=false -lineinfo -Xfatbin=-compress-all --threads=4 -Xcompiler=-fvisibility=hidden
         "-Xcompiler=-fmacro-prefix-map=${CMAKE_SOURCE_DIR}/=")
       if(UNMASK_CUDA_STRICT)
-        target_compile_options(${name} PRIVATE -Xptxas=-warn-spills,-Werror)
+        target_compile_options(${name} PRIVATE -Xptxas=-v,-warn-spills,-Werror)
       endif()
       foreach(arch ${archs})
         target_compile_options(${name} PRIVATE "SHELL:-gencode arch=compute_${arch},code=sm_${arch}")

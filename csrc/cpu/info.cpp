@@ -1,6 +1,7 @@
 // info(what): run-time facts as integers, so that Python needs no second way into the library.
 //   0  stable-ABI target as torch encodes it     1  ISA in use (Isa)        2  best ISA of this CPU
 //   3  1 if CUDA kernels are compiled in         4  how many CUDA architectures   5+i  the i-th of them (90 for 90a)
+//  -1  1 if the kernels for sm_90a alone are in (TMA and wgmma: block_attention, fused_head_stats)
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -29,6 +30,12 @@ std::vector<int64_t> cuda_archs() {
 int64_t info(int64_t what) {
   static const std::vector<int64_t> archs = cuda_archs();
   switch (what) {
+    case -1:
+#if defined(UNMASK_WITH_SM90A)
+      return 1;
+#else
+      return 0;
+#endif
     case 0: return static_cast<int64_t>(TORCH_TARGET_VERSION);
     case 1: return static_cast<int64_t>(isa());
     case 2: return static_cast<int64_t>(best_isa());
@@ -37,7 +44,7 @@ int64_t info(int64_t what) {
     default: break;
   }
   if (what >= 5 && what - 5 < static_cast<int64_t>(archs.size())) return archs[static_cast<size_t>(what - 5)];
-  fail_must_be("info", "what", "0 to " + std::to_string(4 + archs.size()), std::to_string(what));
+  fail_must_be("info", "what", "-1 to " + std::to_string(4 + archs.size()), std::to_string(what));
 }
 
 }  // namespace

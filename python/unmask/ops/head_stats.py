@@ -16,7 +16,7 @@ import functools
 
 import torch
 
-from .info import cuda_archs
+from .info import has_hopper_kernels
 from .linear import Format, Linear, pad_rows
 from .logit_stats import CHUNK, FIELDS, LogitStats, new_state, stats_finish, stats_tile
 
@@ -96,7 +96,7 @@ def fused_head_fits(hidden: torch.Tensor, head: Head, entries: int) -> bool:
 
 @functools.cache
 def _hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9 and 90 in cuda_archs()
+    return torch.cuda.get_device_capability(device)[0] == 9 and has_hopper_kernels()
 
 
 @torch.library.register_fake("unmask::fused_head_stats")

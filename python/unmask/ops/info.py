@@ -52,6 +52,11 @@ def best_isa() -> str:
     return ISA_NAMES[torch.ops.unmask.info(2)]
 
 
+def has_hopper_kernels() -> bool:
+    """True if the library has the kernels that only sm_90a runs (TMA and wgmma)."""
+    return torch.ops.unmask.info(-1) == 1
+
+
 def cuda_archs() -> list[int]:
     """CUDA architectures compiled into the library (90 stands for 90a); empty for a CPU-only build."""
     return [torch.ops.unmask.info(5 + i) for i in range(torch.ops.unmask.info(4))]
