@@ -1,6 +1,7 @@
 // The CUDA kernel of commit on the CPU (emulate_warp.h), behind a C function that tests/test_cuda_emulated_commit.py calls by ctypes.
 #include "emulate_warp.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "cuda/commit.cuh"
@@ -40,7 +41,10 @@ int emulated_commit(void** p, const int64_t* n, double param, double edit_thresh
   std::vector<int32_t> place(static_cast<size_t>(c.candidates), -7), order(place);
   const CommitJob job{c, static_cast<uint8_t*>(p[13]), place.data(),
                       c.rule == kRuleEntropyBound ? order.data() : nullptr};
-  return guarded(
-      [&] { emulate((c.entries + kCommitWarps - 1) / kCommitWarps, kCommitWarps, [&] { commit_entries(job); }); });
+  return guarded([&] {
+    if (c.entries == 0) std::fill_n(c.committed, c.candidates, false);
+    emulate((c.entries + kCommitWarps - 1) / kCommitWarps, kCommitWarps, [&] { commit_entries(job); },
+            kCommitSharedBytes);
+  });
 }
 }

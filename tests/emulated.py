@@ -169,7 +169,7 @@ def commit(canvas, masked, cu, row, pos, token, score, cost, eligible, editable,
     lib = build("emulate_commit.cpp")
     lib.emulated_commit.argtypes = [POINTER(c_void_p), POINTER(c_int64), ctypes.c_double, ctypes.c_double]
     n, batch = pos.shape[0], row.shape[0]
-    out = torch.zeros(n, dtype=torch.bool), torch.full((batch,), -77), torch.full((batch,), -77)
+    out = torch.ones(n, dtype=torch.bool), torch.full((batch,), -77), torch.full((batch,), -77)
     strided = (cu, row, pos, token, quota, cost, score, threshold, eligible, editable, status)
     pointers = [None if t is None else t.data_ptr() for t in (canvas, masked, *strided, *out)]
     numbers = [*canvas.stride(), *masked.stride(), *canvas.shape, n, batch, int(rule)]

@@ -34,7 +34,7 @@ def test_strides(call, how):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("n", [1, 31, 32, 33, 200])
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 129, 256, 300])
 def test_more_candidates_than_lanes(rule, n):
     options = {
         0: {"quota": torch.tensor([n // 2])}, 1: {"threshold": torch.tensor([0.5])}, 2: {"threshold": torch.tensor([0.5])},

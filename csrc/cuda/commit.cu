@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> commit(Tensor canvas, Tensor masked, const Te
   const Launch launch("commit", canvas);
   Tensor committed = empty(canvas, n, ScalarType::Bool);
   Tensor count = empty(canvas, batch, ScalarType::Long), left = empty(canvas, batch, ScalarType::Long);
-  if (n > 0) {  // candidates that no entry owns
+  if (n > 0 && batch == 0) {  // else the kernel answers for candidates that no entry owns
     launch.check(cudaMemsetAsync(committed.mutable_data_ptr(), 0, static_cast<size_t>(n), launch.stream));
   }
   if (batch > 0) {
@@ -41,8 +41,8 @@ std::tuple<Tensor, Tensor, Tensor> commit(Tensor canvas, Tensor masked, const Te
     job.state = static_cast<uint8_t*>(committed.mutable_data_ptr());
     job.place = static_cast<int32_t*>(work.mutable_data_ptr());
     job.order = ordered ? job.place + n : nullptr;
-    commit_entries<<<static_cast<unsigned>((batch + kCommitWarps - 1) / kCommitWarps), kCommitWarps * 32, 0,
-                     launch.stream>>>(job);
+    commit_entries<<<static_cast<unsigned>((batch + kCommitWarps - 1) / kCommitWarps), kCommitWarps * 32,
+                     kCommitSharedBytes, launch.stream>>>(job);
     launch.check();
   }
   return {std::move(committed), std::move(count), std::move(left)};

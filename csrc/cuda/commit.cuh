@@ -1,8 +1,9 @@
 // commit on CUDA: one warp per entry; tests run this code on emulated warps (tests/emulate_warp.h).
 //
 // A candidate's place in the commit order (score desc, position asc) is the number of live candidates that come before it, so no sort
-// and no limit on their number: with n candidates n^2 / 32 comparisons a lane, which for the 32 to 128 of a block is a microsecond of
-// arithmetic on values that stay in L1. Every rule then is one warp-wide minimum or count over (place, score).
+// and no limit on their number: with n candidates n^2 / 32 comparisons a lane, which for the 32 to 128 of a block is a microsecond or two
+// of arithmetic on values in shared memory (a bitonic sort of 128 in one warp has 28 dependent exchanges, each as long as eight of these
+// comparisons, and then needs the inverse permutation). Every rule then is one warp-wide minimum or count over (place, score).
 //
 //   classify  live / edit / neither, one byte per candidate (in `committed`, whose final bytes are written last)
 //   unique    only if positions do not rise: of several candidates for one position all but the best are dropped
@@ -14,12 +15,16 @@
 // Entries on the same canvas row run one after the other in the first one's warp, in order, as on the CPU.
 #pragma once
 #include "common/commit_params.h"
+#include "common/online.h"
 #include "cuda/common/warp.cuh"
 
 namespace unmask::cuda {
 
 constexpr uint8_t kLive = 1, kEdit = 2, kDropped = 4;
 constexpr int kCommitWarps = 1;  // per block: few entries, spread over the SMs
+constexpr int kStaged = 256;  // candidates of an entry up to which they are compared in shared memory
+constexpr int kOwn = 4;  // of a lane's candidates at a time
+constexpr int64_t kCommitSharedBytes = kCommitWarps * 2 * kStaged * 8;
 
 struct CommitJob {
   CommitParams c;
@@ -107,10 +112,23 @@ struct CommitEntry {
 
   // Fills place[] (and order[]); returns how many live candidates there are.
   UNMASK_DEVICE int64_t place_candidates() const {
+    const int64_t n = end - begin;
+    if (n <= kStaged) place_staged(static_cast<int>(n));
+    else place_any();
+    warp_sync();
     int64_t live = 0;
+    each([&](int64_t i) { live += job.state[i] == kLive; });
+    return warp_sum_i64(live);
+  }
+
+  UNMASK_DEVICE void set_place(int64_t i, int32_t before) const {
+    job.place[i] = before;
+    if (job.order != nullptr) job.order[begin + before] = static_cast<int32_t>(i - begin);
+  }
+
+  UNMASK_DEVICE void place_any() const {
     each([&](int64_t i) {
       if (job.state[i] != kLive) return;
-      ++live;
       const int64_t pos = c.pos[i];
       const double score = c.score[i];
       int32_t before = 0;
@@ -119,11 +137,39 @@ struct CommitEntry {
         const bool first = other != score ? other > score : c.pos[j] < pos;
         before += job.state[j] == kLive && first;
       }
-      job.place[i] = before;
-      if (job.order != nullptr) job.order[begin + before] = static_cast<int32_t>(i - begin);
+      set_place(i, before);
     });
+  }
+
+  // The same from shared memory: every lane compares kOwn of its candidates with each candidate in turn, one broadcast read for all.
+  UNMASK_DEVICE void place_staged(int n) const {
+    auto* score =
+        reinterpret_cast<double*>(dynamic_shared()) + warp_in_block() * 2 * kStaged;  // NaN: not live, before nobody
+    auto* pos = reinterpret_cast<int64_t*>(score + kStaged);
+    for (int i = lane_id(); i < n; i += 32) {
+      score[i] = job.state[begin + i] == kLive ? c.score[begin + i] : static_cast<double>(quiet_nan());
+      pos[i] = c.pos[begin + i];
+    }
     warp_sync();
-    return warp_sum_i64(live);
+    for (int first = lane_id(); first < n; first += 32 * kOwn) {
+      double mine[kOwn];
+      int64_t at[kOwn];
+      int32_t before[kOwn] = {};
+#pragma unroll
+      for (int k = 0; k < kOwn; ++k) {
+        const int i = first + 32 * k < n ? first + 32 * k : first;
+        mine[k] = score[i], at[k] = pos[i];
+      }
+      for (int j = 0; j < n; ++j) {
+        const double other = score[j];
+        const int64_t other_at = pos[j];
+#pragma unroll
+        for (int k = 0; k < kOwn; ++k) before[k] += other > mine[k] || (other == mine[k] && other_at < at[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < kOwn; ++k)
+        if (first + 32 * k < n && mine[k] == mine[k]) set_place(begin + first + 32 * k, before[k]);
+    }
   }
 
   // The lowest place whose candidate fails, `live` if none does.
@@ -202,22 +248,57 @@ struct CommitEntry {
   }
 };
 
-// The highest bound up to entry b: an entry that begins below it reaches into candidates of an earlier one.
-UNMASK_DEVICE int64_t highest_bound(const CommitParams& c, int64_t entry) {
-  int64_t top = 0;
-  for (int64_t b = lane_id(); b <= entry; b += 32) top = c.cu[b] > top ? c.cu[b] : top;
-  return warp_max_i64(top);
+UNMASK_DEVICE int64_t prefix_max_i64(int64_t v) {
+  for (int by = 1; by < 32; by <<= 1) {
+    const int64_t other = warp_get_up(v, by);
+    if (lane_id() >= by && other > v) v = other;
+  }
+  return v;
 }
 
+// What the offsets say of one entry. It owns its candidates if it begins at or after every bound before it and ends inside of the list.
+struct Ownership {
+  bool owned = false;
+  int64_t covered_before = 0, covered = 0;  // end of the last candidate that entries before it, and with it, own
+};
+
+UNMASK_DEVICE Ownership find_ownership(const CommitParams& c, int64_t entry) {
+  Ownership out;
+  int64_t reached = 0, covered = 0;  // highest bound, and end of what is owned, before this step
+  for (int64_t first = 0; first <= entry; first += 32) {
+    const int64_t b = first + lane_id();
+    const bool there = b <= entry;
+    const int64_t begin = there ? c.cu[b] : 0, end = there ? c.cu[b + 1] : 0;
+    const int64_t top = prefix_max_i64(begin > reached ? begin : reached);
+    const bool owned = there && begin >= top && begin <= end && end <= c.candidates;
+    const int64_t covers = prefix_max_i64(owned && end > covered ? end : covered);
+    const int64_t before = warp_get_up(covers, 1);
+    const int last = static_cast<int>(entry - first < 31 ? entry - first : 31);
+    out.owned = warp_get(static_cast<int32_t>(owned), last) != 0;
+    out.covered_before = last == 0 ? covered : warp_get(before, last);
+    out.covered = warp_get(covers, last);
+    reached = warp_get(top, 31), covered = warp_get(covers, 31);
+  }
+  return out;
+}
+
+UNMASK_DEVICE void leave_out(const CommitParams& c, int64_t begin, int64_t end) {
+  for (int64_t i = begin + lane_id(); i < end; i += 32) c.committed[i] = false;
+}
+
+// Also answers for candidates that no entry owns: those before an owned entry, and the last entry for those behind all.
 UNMASK_DEVICE void commit_entry(const CommitJob& job, int64_t entry) {
   const CommitParams& c = job.c;
   const int64_t begin = c.cu[entry], end = c.cu[entry + 1], row = c.row[entry];
-  const bool owned = begin >= highest_bound(c, entry) && begin <= end && end <= c.candidates;
+  const Ownership own = find_ownership(c, entry);
   if (lane_id() == 0) c.count[entry] = c.left[entry] = 0;
+  if (own.owned) leave_out(c, own.covered_before, begin);
+  if (entry == c.entries - 1) leave_out(c, own.covered, c.candidates);
   warp_sync();
   int32_t bits = kStatusOk;
-  if (!owned) bits = kStatusBadSegment;
+  if (!own.owned) bits = kStatusBadSegment;
   else if (row != -1) bits = CommitEntry{job, c, entry, begin, end, row}.run();
+  else leave_out(c, begin, end);
   if (bits != kStatusOk && c.status && lane_id() == 0) c.status[entry] |= bits;
   warp_sync();
 }
