@@ -5,18 +5,19 @@ Inputs rotate over more memory than the L2 cache holds; times are CUDA events ar
 rate of an 8192 x 8192 x 8192 product in bf16. Lines of block_attention: "SDPA" is torch's attention on K and V that lie ready, with the
 backend torch picks and with each one forced; "cat + SDPA" also appends the block's K and V to the past ones, as today's loops do.
 
-    python bench/gpu_ops.py [--out bench/results]
+    python bench/gpu_ops.py [--part attention|head|rest] [--out bench/results]
     python bench/gpu_ops.py --dry-run      # small shapes on the CPU, one call each: does every case run?
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -56,8 +57,40 @@ def logit_stats(rows: int, vocab: int, dry: bool, device: str) -> Case:
         logits = x[i % len(x)].float()
         return torch.topk(logits, 2), torch.logsumexp(logits, -1)
 
-    calls = {"ours": lambda i: ops.logit_stats(x[i % len(x)]), "argmax + fp64 softmax": select64, "topk + logsumexp": select32}
+    def margin(i: int):  # Dream's: softmax, then a full sort of the vocabulary
+        p = torch.softmax(x[i % len(x)], -1).sort(-1, descending=True).values
+        return p[:, 0] - p[:, 1]
+
+    def entropy(i: int):
+        p = torch.softmax(x[i % len(x)], -1)
+        return -(p * torch.log(p + 1e-10)).sum(-1)
+
+    def gumbel64(i: int):  # LLaDA's sampling at temperature 1
+        logits = x[i % len(x)].double()
+        return (logits.exp() / -torch.log(torch.rand_like(logits))).argmax(-1)
+
+    key = torch.arange(rows, device=device)
+    calls = {
+        "ours": lambda i: ops.logit_stats(x[i % len(x)]),
+        "ours, sampled": lambda i: ops.logit_stats(x[i % len(x)], temperature=1.0, seed=key, step=key, pos=key),
+        "argmax + fp64 softmax": select64,
+        "topk + logsumexp": select32,
+        "softmax + sort (margin)": margin,
+        "eager entropy": entropy,
+        "fp64 Gumbel": gumbel64,
+    }
+    if device == "cuda":
+        calls["compiled topk + logsumexp"] = lambda i: _compiled_select()(x[i % len(x)])
     return Case(f"logit_stats [{rows}, {vocab}] bf16", rows * vocab * 2, calls)
+
+
+@functools.cache
+def _compiled_select():
+    def select(logits: torch.Tensor):
+        logits = logits.float()
+        return torch.topk(logits, 2), torch.logsumexp(logits, -1)
+
+    return torch.compile(select, dynamic=False)
 
 
 def head(rows: int, vocab: int, width: int, dry: bool, device: str) -> Case:
@@ -162,7 +195,13 @@ def attention(batch: int, heads: int, kv_heads: int, block: int, prefix: int, dr
         finally:
             del os.environ["UNMASK_CUDA_ATTENTION"]
 
+    def repeated(i: int):  # Dream's: every kv head copied for each of its query heads
+        k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in caches[i % len(caches)])
+        return torch.nn.functional.scaled_dot_product_attention(q4, k, v)
+
     calls = {"ours": ours, "ours, batch_invariant": lambda i: ours(i, True), "SDPA": sdpa, "cat + SDPA": cat}
+    if gqa:
+        calls["repeat_kv + SDPA"] = repeated
     if device == "cuda":
         if torch.cuda.get_device_capability()[0] == 9:
             calls["ours, mma.sync only"] = without_hopper
@@ -179,8 +218,57 @@ def attention(batch: int, heads: int, kv_heads: int, block: int, prefix: int, dr
             except RuntimeError:
                 continue  # this backend does not take the shape
             calls[f"SDPA {backend.name.split('_')[0].lower()}"] = forced
+        for label, fn in other_attention(q4, caches, gqa).items():
+            try:
+                fn(0)
+            except Exception as error:  # a baseline that does not run here is named, not dropped in silence
+                print(f"no baseline {label}: {type(error).__name__}: {str(error).splitlines()[0][:120]}", flush=True)
+                continue
+            calls[label] = fn
     moved = 2 * batch * kv_heads * keys * dim * 2 + 2 * q.numel() * 2
     return Case(f"block_attention {batch} x {block} on {prefix}, {heads}/{kv_heads} heads x {dim} bf16", moved, calls, 4 * q.numel() * keys)
+
+
+def other_attention(q4: torch.Tensor, caches: list[torch.Tensor], gqa: bool) -> dict[str, Callable[[int], object]]:
+    """Attention of other libraries, where installed: label -> call on q [B, H, q, D] and caches [2, B, Hkv, keys, D]."""
+    calls: dict[str, Callable[[int], object]] = {}
+    batch, heads, block, dim = q4.shape
+    keys = caches[0].shape[3]
+    flex = _compiled_flex()
+    calls["flex_attention"] = lambda i: flex(q4, *caches[i % len(caches)], enable_gqa=gqa)
+    packed_q = q4.transpose(1, 2).reshape(batch * block, heads, dim)
+    packed = [[x.transpose(1, 2).reshape(batch * keys, -1, dim) for x in kv] for kv in caches]
+    cu_q, cu_k = (torch.arange(batch + 1, device=q4.device, dtype=torch.int32) * n for n in (block, keys))
+
+    def varlen(i: int):
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(packed_q, *packed[i % len(packed)], cu_q, cu_k, block, keys)
+
+    calls["varlen_attn"] = varlen
+
+    def flash(i: int):
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q4.transpose(1, 2), *(x.transpose(1, 2) for x in caches[i % len(caches)]))
+
+    def flashinfer(i: int):
+        import flashinfer
+
+        k, v = (x[0] for x in caches[i % len(caches)])
+        return flashinfer.single_prefill_with_kv_cache(q4[0].transpose(0, 1), k, v, kv_layout="HND")
+
+    calls["flash_attn"] = flash
+    if batch == 1:
+        calls["flashinfer"] = flashinfer
+    return calls
+
+
+@functools.cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def rows(tokens: int, width: int, dry: bool, device: str) -> list[Case]:
@@ -204,18 +292,29 @@ def rows(tokens: int, width: int, dry: bool, device: str) -> list[Case]:
     ]  # fmt: skip
 
 
-def cases(dry: bool, device: str) -> list[Case]:
+def cases(dry: bool, device: str, part: str) -> Iterator[Case]:
+    """One after the other, so that only one holds memory. part: attention, head, rest or all."""
+    heads, batches, lm_heads = ((32, 32), (28, 4), (16, 4)), ATTENTION, ((126_464, 4096), (152_064, 3584), (157_184, 2048))
     if dry:
-        return [logit_stats(2, 5000, dry, device), commit(2, 8, dry, device), rope_append(3, 4, 2, dry, device),
-                attention(2, 4, 2, 8, 40, dry, device), head(2, 5000, 64, dry, device), *rows(2, 64, dry, device)]  # fmt: skip
-    return [
-        *(logit_stats(n, v, dry, device) for n, v in ((32, 126_464), (256, 126_464), (1024, 126_464), (32, 152_064))),
-        commit(64, 128, dry, device), commit(8, 32, dry, device),
-        *(rope_append(t, h, kv, dry, device) for t, h, kv in ((32, 32, 32), (256, 32, 32), (32, 28, 4), (4096, 32, 32))),
-        *(attention(b, h, kv, 32, p, dry, device) for h, kv in ((32, 32), (28, 4), (16, 4)) for b, p in ATTENTION),
-        *(head(n, v, d, dry, device) for n, v, d in ((32, 126_464, 4096), (64, 126_464, 4096), (256, 126_464, 4096), (32, 152_064, 3584), (32, 157_184, 2048))),
-        *rows(32, 4096, dry, device), *rows(4096, 4096, dry, device),
-    ]  # fmt: skip
+        heads, batches, lm_heads = ((4, 2),), ((2, 40),), ((5000, 64),)
+    if part in ("attention", "all"):
+        for h, kv in heads:
+            for b, p in batches:
+                yield attention(b, h, kv, 8 if dry else 32, p, dry, device)
+    if part in ("head", "all"):
+        for v, d in lm_heads:
+            for n in (2,) if dry else (32, 64, 256) if v == 126_464 else (32,):
+                yield head(n, v, d, dry, device)
+    if part not in ("rest", "all"):
+        return
+    for n, v in ((2, 5000),) if dry else ((32, 126_464), (256, 126_464), (1024, 126_464), (32, 152_064)):
+        yield logit_stats(n, v, dry, device)
+    for n, block in ((2, 8),) if dry else ((64, 128), (8, 32)):
+        yield commit(n, block, dry, device)
+    for t, h, kv in ((3, 4, 2),) if dry else ((32, 32, 32), (256, 32, 32), (32, 28, 4), (4096, 32, 32)):
+        yield rope_append(t, h, kv, dry, device)
+    for n, width in ((2, 64),) if dry else ((32, 4096), (4096, 4096)):
+        yield from rows(n, width, dry, device)
 
 
 def time_call(fn: Callable[[int], object], calls: int) -> float:
@@ -263,10 +362,11 @@ def gpu_facts() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--part", choices=("attention", "head", "rest", "all"), default="all")
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     args = parser.parse_args()
     if args.dry_run:
-        for case in cases(True, "cpu"):
+        for case in cases(True, "cpu", args.part):
             for label, fn in case.calls.items():
                 fn(0)
                 print(f"{case.name}: {label} runs")
@@ -276,7 +376,7 @@ def main() -> None:
     rate, products, facts, origin = copy_rate(), matmul_rate(), gpu_facts(), machine.origin()
     table = []
     with torch.inference_mode():
-        for case in cases(False, "cuda"):
+        for case in cases(False, "cuda", args.part):
             times = measure(case)
             line: dict[str, object] = {"case": case.name, "ours": report.seconds(times["ours"])}
             line["of copy"] = case.moved / times["ours"] / rate
@@ -286,7 +386,7 @@ def main() -> None:
             table.append(line)
             print(json.dumps(line), flush=True)
     slug = facts["name"].lower().replace(" ", "-")
-    stem = args.out / f"gpu-ops-{slug}-{origin['date']}"
+    stem = args.out / f"gpu-ops-{'' if args.part == 'all' else args.part + '-'}{slug}-{origin['date']}"
     head = f"{facts['name']}, driver {facts['driver_version']}, SM {facts['clocks.sm']} of {facts['clocks.max.sm']}, memory {facts['clocks.mem']}, "
     head += f"torch {torch.__version__}, CUDA {torch.version.cuda}, commit {origin['commit']}; `{origin['command']}`; copy {rate / 1e12:.2f} TB/s, bf16 matmul {products / 1e12:.0f} TFLOP/s"
     stem.with_suffix(".md").write_text(f"# Ops on a GPU\n\n{head}\n\n{report.table(table)}\n")
