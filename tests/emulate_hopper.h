@@ -140,6 +140,8 @@ inline void products_wait() {
 }
 template <int kBlocks>
 inline void settled(float (&)[kBlocks][4]) {}
+template <int kBlocks>
+inline void settled(uint32_t (&)[kBlocks][2]) {}
 
 // a(row, k): element of the warp's rows g and g + 8 (row 0 and 1), k of 16.
 template <FloatType kType, int kBlocks, class A>

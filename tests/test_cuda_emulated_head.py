@@ -61,6 +61,23 @@ def test_products(entries, dtype):
     assert_same(got, want)
 
 
+def test_a_bias_behind_a_tile_leaves_the_tile_alone():
+    """-inf + inf would be NaN at places of a tile that hold no id."""
+    key, inf = torch.arange(3), float("inf")
+    a = {"topk": 2, "temperature": 0.0, "seed": key, "step": key, "pos": key}
+    a["bias_ids"] = torch.tensor([[199, 3], [130, 131], [260, 64]])
+    a["bias"] = torch.tensor([[inf, 1.0], [inf, 2.0], [inf, 0.5]])
+    logits = quarters(3, 264, dtype=torch.bfloat16)
+    hidden, weight = torch.eye(3, 8).bfloat16(), torch.zeros(264, 8).bfloat16()
+    weight[:, :3] = logits.T
+    want = native("logit_stats")(*arguments(a | {"logits": logits}))
+    for multiprocessors in (1, 2, 5):
+        assert_same(emulated.fused_head_stats(a, hidden, weight, multiprocessors), want)
+    a["bias_ids"][:, 0] = 300  # outside of the vocabulary
+    short = {**a, "logits": logits}
+    assert_same(emulated.logit_stats(short), native("logit_stats")(*arguments(short)))
+
+
 def test_rows_of_a_larger_batch_have_the_same_bits():
     hidden, weight = torch.randn(40, 72).bfloat16(), torch.randn(1000, 72).bfloat16()
     key = torch.arange(40)

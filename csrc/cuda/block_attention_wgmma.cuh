@@ -136,6 +136,7 @@ class AttentionGroup {
     const bool asks = warp_in_block() == 0 && lane_id() == 0;
     int freed = 0;
     if (asks) source.ask(ring_.slots);
+    warp_sync();
     rows_.load_queries(kv_head, q_);
     bool more = tiles.next();
     if (more) {
@@ -170,6 +171,9 @@ class AttentionGroup {
       more = tiles.next();
       if (more) {
         barrier_wait(ring_.full(at_.slot), at_.phase);  // the next K
+        settled(s_);
+        settled(p_);
+        settled(rows_.outputs());
         products_begin();
         add_values(values);
         score(at_);
@@ -181,6 +185,8 @@ class AttentionGroup {
         free_slot(at_);
         at_.advance(ring_.slots);
       } else {
+        settled(p_);
+        settled(rows_.outputs());
         products_begin();
         add_values(values);
         products_commit();

@@ -169,7 +169,7 @@ class HeadBlock {
         x[k] = at < count ? Element<kType>::value(row[at]) : neg_inf();
       }
       const bool biased = bias_in(in, entry, base, count);
-      if (biased) add_bias(in, entry, base, x);
+      if (biased) add_bias(in, entry, base, count, x);
       if (suppressed) set_marked(x, lane_bits(suppress), neg_inf());
       give_ids(entry, base, count, row, suppressed ? suppress : nullptr);
       add_to_state(entry, static_cast<int32_t>(base), x, forbidden ? forbid : nullptr,

@@ -139,12 +139,12 @@ UNMASK_DEVICE int lane_of(int at) { return (at >> 3) & 31; }
 UNMASK_DEVICE int value_of(int at) { return (at >> 8) * kRun + (at & 7); }
 UNMASK_DEVICE int slice_id(int value, int lane) { return (value >> 3) * 256 + lane * kRun + (value & 7); }
 
-// A slice of kN values a lane: 512 ids for kSliceValues, 256 for 8.
+// A slice of kN values a lane: 512 ids for kSliceValues, 256 for 8; the first `count` exist (behind them -inf + inf would be NaN).
 template <int kN>
-UNMASK_DEVICE void add_bias(const StatsInputs& in, int64_t entry, int64_t base, float (&x)[kN]) {
+UNMASK_DEVICE void add_bias(const StatsInputs& in, int64_t entry, int64_t base, int64_t count, float (&x)[kN]) {
   for (int64_t j = 0; j < in.n_bias; ++j) {  // in list order: duplicates add up
     const int64_t at = bias_id(in, entry, j) - base;
-    if (at < 0 || at >= kN * 32 || lane_of(static_cast<int>(at)) != lane_id()) continue;
+    if (at < 0 || at >= kN * 32 || at >= count || lane_of(static_cast<int>(at)) != lane_id()) continue;
     const int i = value_of(static_cast<int>(at));
     const float b = bias_value(in, entry, j);
 #pragma unroll
@@ -345,7 +345,7 @@ struct GroupScan {
           next[a][0] = load(first, slice + kAhead, 0);
           next[a][1] = load(first, slice + kAhead, 1);
         }
-        if (biased) add_bias(in, entry, slice_base, x);
+        if (biased) add_bias(in, entry, slice_base, n - slice * kSliceIds, x);
         if (suppressed) set_marked(x, lane_marks(suppress_marks, slice), neg_inf());
         float best = warp_max(lane_max(x));
         if (best > sum.m) sum.raise(best);

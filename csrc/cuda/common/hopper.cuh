@@ -79,7 +79,7 @@ UNMASK_DEVICE bool group_any(int barrier, int threads, bool mine) {
   asm volatile(
       "{\n\t.reg .pred p, q;\n\t"
       "setp.ne.u32 p, %3, 0;\n\t"
-      "barrier.cta.red.or.pred.aligned q, %1, %2, p;\n\t"
+      "barrier.cta.red.or.aligned.pred q, %1, %2, p;\n\t"
       "selp.u32 %0, 1, 0, q;\n\t}"
       : "=r"(any)
       : "r"(barrier), "r"(threads), "r"(mine ? 1u : 0u)
@@ -118,12 +118,18 @@ template <int kPending>
 UNMASK_DEVICE void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// Keeps the compiler from moving uses of the accumulators across a wait.
+// Keeps the compiler from moving uses of these registers across a wait, or what ordinary instructions do to them past products_begin().
 template <int kBlocks>
 UNMASK_DEVICE void settled(float (&c)[kBlocks][4]) {
 #pragma unroll
   for (int n = 0; n < kBlocks; ++n)
     asm volatile("" : "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])::"memory");
+}
+
+template <int kBlocks>
+UNMASK_DEVICE void settled(uint32_t (&a)[kBlocks][2]) {
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1])::"memory");
 }
 
 // C [64 x kN] (+)= A [64 x 16] B [16 x kN]: warp w of the group holds rows 16 w .. 16 w + 15 of A and C, as fragments of m16n8k16. A in

@@ -21,8 +21,8 @@ UNMASK_DEVICE int warp_in_block() { return static_cast<int>(threadIdx.x >> 5); }
 UNMASK_DEVICE int64_t block_index() { return blockIdx.x; }
 UNMASK_DEVICE void warp_sync() { __syncwarp(); }
 UNMASK_DEVICE void block_sync() { __syncthreads(); }
-UNMASK_DEVICE char* dynamic_shared() {  // what the launch asked for, 128-byte aligned
-  extern __shared__ __align__(128) char memory[];
+UNMASK_DEVICE char* dynamic_shared() {  // what the launch asked for, aligned as TMA's swizzle wants it
+  extern __shared__ __align__(1024) char memory[];
   return memory;
 }
 // Clusters, sm_90 and later: a barrier of all their threads, and the place of a pointer into shared memory in another block.
