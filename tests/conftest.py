@@ -49,6 +49,16 @@ def six_gb_of_gpu_memory(cuda) -> None:
 
 
 @pytest.fixture
+def hopper(cuda) -> None:
+    """For kernels that only sm_90a runs; a Hopper GPU with a library that lacks them is a failure, not a skip."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a GPU of compute capability 9.0")
+    from unmask.ops.info import has_hopper_kernels
+
+    assert has_hopper_kernels(), "a Hopper GPU is here, but the op library was built without sm_90a"
+
+
+@pytest.fixture
 def second_gpu(cuda) -> torch.device:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

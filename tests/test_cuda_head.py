@@ -11,16 +11,10 @@ from stats_cases import arguments, assert_same, call
 from test_cuda_emulated_head import as_product, finite
 from unmask import ops
 from unmask.ops.head_stats import Head, fused_head_fits, head_stats
-from unmask.ops.info import Status, has_hopper_kernels
+from unmask.ops.info import Status
 
 pytestmark = pytest.mark.usefixtures("cuda")
 HALF = (torch.bfloat16, torch.float16)
-
-
-@pytest.fixture
-def hopper():
-    if torch.cuda.get_device_capability()[0] != 9 or not has_hopper_kernels():
-        pytest.skip("needs a GPU of compute capability 9.0 and a library with sm_90a")
 
 
 def fused(a: dict, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -51,14 +51,6 @@ UNMASK_DEVICE EntryInfo read_entry(const AttentionJob& j, int64_t b) {
   return e;
 }
 
-template <class T>
-UNMASK_DEVICE T prefix_max(T v) {
-  for (int by = 1; by < 32; by <<= 1) {
-    const T other = warp_get_up(v, by);
-    if (lane_id() >= by && other > v) v = other;
-  }
-  return v;
-}
 UNMASK_DEVICE int64_t prefix_sum(int64_t v) {
   for (int by = 1; by < 32; by <<= 1) {
     const int64_t other = warp_get_up(v, by);

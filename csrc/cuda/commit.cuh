@@ -44,14 +44,6 @@ UNMASK_DEVICE int64_t warp_min_i64(int64_t v) {
   }
   return v;
 }
-UNMASK_DEVICE int64_t warp_max_i64(int64_t v) {
-  for (int mask = 16; mask > 0; mask >>= 1) {
-    const int64_t other = warp_get_xor(v, mask);
-    v = other > v ? other : v;
-  }
-  return v;
-}
-
 struct CommitEntry {
   const CommitJob& job;
   const CommitParams& c;
@@ -248,14 +240,6 @@ struct CommitEntry {
   }
 };
 
-UNMASK_DEVICE int64_t prefix_max_i64(int64_t v) {
-  for (int by = 1; by < 32; by <<= 1) {
-    const int64_t other = warp_get_up(v, by);
-    if (lane_id() >= by && other > v) v = other;
-  }
-  return v;
-}
-
 // What the offsets say of one entry. It owns its candidates if it begins at or after every bound before it and ends inside of the list.
 struct Ownership {
   bool owned = false;
@@ -269,9 +253,9 @@ UNMASK_DEVICE Ownership find_ownership(const CommitParams& c, int64_t entry) {
     const int64_t b = first + lane_id();
     const bool there = b <= entry;
     const int64_t begin = there ? c.cu[b] : 0, end = there ? c.cu[b + 1] : 0;
-    const int64_t top = prefix_max_i64(begin > reached ? begin : reached);
+    const int64_t top = prefix_max(begin > reached ? begin : reached);
     const bool owned = there && begin >= top && begin <= end && end <= c.candidates;
-    const int64_t covers = prefix_max_i64(owned && end > covered ? end : covered);
+    const int64_t covers = prefix_max(owned && end > covered ? end : covered);
     const int64_t before = warp_get_up(covers, 1);
     const int last = static_cast<int>(entry - first < 31 ? entry - first : 31);
     out.owned = warp_get(static_cast<int32_t>(owned), last) != 0;

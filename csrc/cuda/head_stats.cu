@@ -8,24 +8,13 @@
 #include "common/register.h"
 #include "cuda/common/device.h"
 #include "cuda/head_stats_launch.h"
+#include "cuda/logit_stats_outputs.h"
 #include "cuda/logit_stats_plan.h"
 
 namespace unmask::cuda {
 namespace {
 
 constexpr const char* kOp = "fused_head_stats";
-
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, std::make_optional(type));
-}
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-IdSet id_set(const OptTensor& t) {
-  if (!t) return {nullptr, 0, 0};
-  return {static_cast<const int64_t*>(t->const_data_ptr()), t->size(0), t->stride(0)};
-}
 
 // What TMA can describe: dense rows, 16-byte aligned.
 void require_dense_rows(const Checker& check, const Tensor& t, const char* name) {
@@ -34,12 +23,10 @@ void require_dense_rows(const Checker& check, const Tensor& t, const char* name)
   check.require(fits, name, "dense rows at multiples of 16 bytes", t.stride(0));
 }
 
-std::tuple<Tensor, Tensor, Tensor> fused_head_stats(const Tensor& hidden, const Tensor& weight, const OptTensor& rows,
-                                                    const OptTensor& forbid, const OptTensor& suppress,
-                                                    const OptTensor& bias_ids, const OptTensor& bias,
-                                                    const OptTensor& ids, int64_t topk, double temperature,
-                                                    const OptTensor& seed, const OptTensor& step,
-                                                    const OptTensor& pos) {
+Outputs fused_head_stats(const Tensor& hidden, const Tensor& weight, const OptTensor& rows, const OptTensor& forbid,
+                         const OptTensor& suppress, const OptTensor& bias_ids, const OptTensor& bias,
+                         const OptTensor& ids, int64_t topk, double temperature, const OptTensor& seed,
+                         const OptTensor& step, const OptTensor& pos) {
   const Checker check(kOp, hidden);
   check.floating(hidden, "hidden");
   check.shape(hidden, "hidden", "[M, d]", {-1, -1});
@@ -63,14 +50,9 @@ std::tuple<Tensor, Tensor, Tensor> fused_head_stats(const Tensor& hidden, const 
     launch.refuse(
         "needs a device of compute capability 9.0 and a library compiled for 90a; unmask.ops.head_stats serves others");
 
-  StatsOutputs f{topk, in.n_ids, nullptr, nullptr, nullptr};
-  std::tuple<Tensor, Tensor, Tensor> out{empty(hidden, {which.entries, f.id_width()}, ScalarType::Long),
-                                         empty(hidden, {which.entries, f.value_width()}, ScalarType::Float),
-                                         empty(hidden, {which.entries}, ScalarType::Int)};
+  StatsOutputs f;
+  Outputs out = new_outputs(hidden, which.entries, in.n_ids, topk, &f);
   if (which.entries == 0) return out;
-  f.ids = data<int64_t>(std::get<0>(out));
-  f.values = data<float>(std::get<1>(out));
-  f.status = data<int32_t>(std::get<2>(out));
 
   const HeadPlan plan = plan_head(which.entries, vocab, device.multiprocessors, device.shared_per_block);
   const Tensor sums = empty(hidden, {which.entries * plan.blocks * kSumWords}, ScalarType::Float);

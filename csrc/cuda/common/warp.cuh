@@ -121,4 +121,14 @@ UNMASK_DEVICE float warp_sum(float v) {
   return v;
 }
 
+// Of this lane and those before it.
+template <class T>
+UNMASK_DEVICE T prefix_max(T v) {
+  for (int by = 1; by < 32; by <<= 1) {
+    const T other = warp_get_up(v, by);
+    if (lane_id() >= by && other > v) v = other;
+  }
+  return v;
+}
+
 }  // namespace unmask::cuda
