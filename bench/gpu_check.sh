@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The standing GPU check: one command for a machine with an NVIDIA GPU and no network.
 #   bench/gpu_check.sh                     # every stage
-#   bench/gpu_check.sh tests sanitize      # some of them: info tests sanitize bench bench_attention bench_head
+#   bench/gpu_check.sh tests sanitize      # some of them: info tests sanitize bench bench_attention bench_head bench_step
 #   bench/gpu_check.sh --dry-run           # on a machine without a GPU: what of each stage needs none
 # Uses the Python of $PYTHON (default python3) with torch (a CUDA build), pytest, hypothesis and numpy, and the installed unmask; where
 # $UNMASK_C_LIBRARY names an op library (one built elsewhere, say), that one and the sources in python/. Each stage fits 8 minutes.
@@ -14,11 +14,11 @@ export PYTHONPATH=$PWD/bench${PYTHONPATH:+:$PYTHONPATH}
 for word in "$@"; do
   case $word in
     --dry-run) dry=1 ;;
-    info | tests | sanitize | bench | bench_attention | bench_head) stages+=("$word") ;;
-    *) echo "gpu_check.sh: unknown stage '$word'; stages: info tests sanitize bench bench_attention bench_head; option: --dry-run" >&2; exit 2 ;;
+    info | tests | sanitize | bench | bench_attention | bench_head | bench_step) stages+=("$word") ;;
+    *) echo "gpu_check.sh: unknown stage '$word'; stages: info tests sanitize bench bench_attention bench_head bench_step; option: --dry-run" >&2; exit 2 ;;
   esac
 done
-[ ${#stages[@]} -gt 0 ] || stages=(info tests sanitize bench bench_attention bench_head)
+[ ${#stages[@]} -gt 0 ] || stages=(info tests sanitize bench bench_attention bench_head bench_step)
 mkdir -p "$out"
 gpu_tests=(tests/test_cuda_logit_stats.py tests/test_cuda_ops.py tests/test_cuda_attention.py tests/test_cuda_head.py tests/test_cuda_golden.py)
 failed=()
@@ -53,6 +53,10 @@ bench_part() {
 bench() { bench_part rest; }
 bench_attention() { bench_part attention; }  # compiles flex_attention for each shape
 bench_head() { bench_part head; }
+bench_step() {  # compiles whole steps, anew for each of four cases
+  if [ $dry = 1 ]; then "$python" bench/gpu_step.py --dry-run
+  else "$python" bench/gpu_step.py --out "$out"; fi
+}
 
 for stage in "${stages[@]}"; do
   printf '\n==== %s\n' "$stage"

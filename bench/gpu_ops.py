@@ -5,6 +5,8 @@ cannot capture a rival: the column says which), medians over interleaved rounds.
 `of copy` is bytes read and written over the time, divided by the measured copy rate; `of matmul` is FLOPs over the time, divided by the
 rate of an 8192 x 8192 x 8192 product in bf16. Lines of block_attention: "SDPA" is torch's attention on K and V that lie ready, with the
 backend torch picks and with each one forced; "cat + SDPA" also appends the block's K and V to the past ones, as today's loops do.
+"SDPA FA3" and "SDPA FA4" put those libraries behind the flash backend by torch's own switch; "Triton" is gpu_triton.py. What is not installed is
+named in the output and left out.
 
     python bench/gpu_ops.py [--part attention|head|rest] [--out bench/results]
     python bench/gpu_ops.py --dry-run      # small shapes on the CPU, one call each: does every case run?
@@ -16,20 +18,18 @@ import argparse
 import functools
 import json
 import os
-import statistics
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-import machine
+import gpu_timing
+import gpu_triton
 import report
 from unmask import ops
 from unmask.ops.head_stats import Head, head_stats
 
 ROTATE_BYTES = 256 << 20
-ROUNDS = 9
 ATTENTION = ((1, 512), (1, 4096), (1, 32768), (8, 512), (8, 4096), (32, 4096))  # rows, prefix
 
 
@@ -229,15 +229,42 @@ def attention(batch: int, heads: int, kv_heads: int, block: int, prefix: int, dr
             except RuntimeError:
                 continue  # this backend does not take the shape
             calls[f"SDPA {backend.name.split('_')[0].lower()}"] = forced
-        for label, fn in other_attention(q4, caches, gqa).items():
-            try:
-                fn(0)
-            except Exception as error:  # a baseline that does not run here is named, not dropped in silence
-                print(f"no baseline {label}: {type(error).__name__}: {str(error).splitlines()[0][:120]}", flush=True)
-                continue
-            calls[label] = fn
+        calls |= those_that_run(other_attention(q4, caches, gqa))
+    calls |= those_that_run(triton_attention(q4, caches))
     moved = 2 * batch * kv_heads * keys * dim * 2 + 2 * q.numel() * 2
     return Case(f"block_attention {batch} x {block} on {prefix}, {heads}/{kv_heads} heads x {dim} bf16", moved, calls, 4 * q.numel() * keys)
+
+
+def those_that_run(calls: dict[str, Callable[[int], object]]) -> dict[str, Callable[[int], object]]:
+    """Those whose first call works. A baseline that does not run here is named, not dropped in silence."""
+    running = {}
+    for label, fn in calls.items():
+        try:
+            fn(0)
+        except Exception as error:
+            lines = str(error).splitlines() or [""]
+            print(f"no baseline {label}: {type(error).__name__}: {lines[0][:120]}", flush=True)
+            continue
+        running[label] = fn
+    return running
+
+
+def triton_attention(q4: torch.Tensor, caches: list[torch.Tensor]) -> dict[str, Callable[[int], object]]:
+    """The engines' kind of kernel (gpu_triton.py) with both of their tiles, if its first result is right. On the CPU it runs in Triton's
+    interpreter, in fp16: that multiplies bf16 as integers."""
+    if q4.device.type == "cpu":
+        q4, caches = q4.half(), [kv.half() for kv in caches[:1]]
+
+    def call(i: int, tile: int):
+        return gpu_triton.attention(q4, *caches[i % len(caches)], tile=tile)
+
+    def checked(i: int, tile: int):
+        got, k, v = call(i, tile), *caches[i % len(caches)]
+        want = torch.nn.functional.scaled_dot_product_attention(q4, k, v, enable_gqa=True)
+        torch.testing.assert_close(got, want, atol=0.02, rtol=0.02)
+
+    checks = {f"Triton, tile {tile}": functools.partial(checked, tile=tile) for tile in gpu_triton.TILES}
+    return {label: functools.partial(call, tile=checks[label].keywords["tile"]) for label in those_that_run(checks)}
 
 
 def other_attention(q4: torch.Tensor, caches: list[torch.Tensor], gqa: bool) -> dict[str, Callable[[int], object]]:
@@ -269,6 +296,22 @@ def other_attention(q4: torch.Tensor, caches: list[torch.Tensor], gqa: bool) -> 
         k, v = (x[0] for x in caches[i % len(caches)])
         return flashinfer.single_prefill_with_kv_cache(q4[0].transpose(0, 1), k, v, kv_layout="HND")
 
+    def switched(i: int, impl: str):  # torch's own switch: another library's kernels behind SDPA's flash backend
+        from torch.nn.attention import (
+            SDPBackend,
+            activate_flash_attention_impl,
+            restore_flash_attention_impl,
+            sdpa_kernel,
+        )
+
+        activate_flash_attention_impl(impl)
+        try:
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                return torch.nn.functional.scaled_dot_product_attention(q4, *caches[i % len(caches)], enable_gqa=gqa)
+        finally:
+            restore_flash_attention_impl()
+
+    calls["SDPA FA3"], calls["SDPA FA4"] = (functools.partial(switched, impl=impl) for impl in ("FA3", "FA4"))
     calls["flash_attn"] = flash
     if batch == 1:
         calls["flashinfer"] = flashinfer
@@ -328,74 +371,6 @@ def cases(dry: bool, device: str, part: str) -> Iterator[Case]:
         yield from rows(n, width, dry, device)
 
 
-def time_call(fn: Callable[[int], object], calls: int) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for i in range(calls):
-        fn(i)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
-
-
-def graphed(fn: Callable[[int], object], calls: int) -> Callable[[int], object] | None:
-    """A graph of `calls` calls, which leaves the host's share out; None for what a graph cannot capture (host reads)."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        fn(0)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            for i in range(calls):
-                fn(i)
-    except Exception:
-        torch.cuda.synchronize()
-        return None
-    return lambda _: graph.replay()
-
-
-IN_GRAPH = 20  # calls
-
-
-def measure(case: Case) -> tuple[dict[str, float], list[str]]:
-    """Median seconds per call of every rival, interleaved, as replays of a graph; and which were called eagerly instead. Eager calls of
-    a few microseconds measure the host."""
-    counts, calls, eager, per_run = {}, {}, [], {}
-    for label, fn in case.calls.items():
-        time_call(fn, 3)
-        graph = graphed(fn, IN_GRAPH)
-        if graph is None:
-            eager.append(label)
-        calls[label], per_run[label] = graph or fn, IN_GRAPH if graph else 1
-        counts[label] = max(5, min(200, int(5e-3 / time_call(calls[label], 3))))
-    samples: dict[str, list[float]] = {label: [] for label in case.calls}
-    for r in range(ROUNDS):
-        for label in list(case.calls)[:: 1 if r % 2 == 0 else -1]:
-            samples[label].append(time_call(calls[label], counts[label]) / per_run[label])
-    return {label: statistics.median(s) for label, s in samples.items()}, eager
-
-
-def copy_rate() -> float:
-    """Bytes read plus written per second of a large copy."""
-    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    return 2 * a.numel() / min(time_call(lambda _: b.copy_(a), 10) for _ in range(5))
-
-
-def matmul_rate() -> float:
-    """FLOP per second of a large bf16 product, on random data."""
-    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
-    return 2 * 8192**3 / min(time_call(lambda _: a @ b, 10) for _ in range(5))
-
-
-def gpu_facts() -> dict[str, str]:
-    fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
-    line = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True, check=True).stdout
-    return dict(zip(fields.split(","), (x.strip() for x in line.splitlines()[0].split(",")), strict=True))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true")
@@ -408,28 +383,19 @@ def main() -> None:
                 fn(0)
                 print(f"{case.name}: {label} runs")
         return
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device; --dry-run checks the cases on the CPU")
-    rate, products, facts, origin = copy_rate(), matmul_rate(), gpu_facts(), machine.origin()
-    table = []
+    run, table = gpu_timing.Run(), []
     with torch.inference_mode():
         for case in cases(False, "cuda", args.part):
-            times, eager = measure(case)
+            times, eager = gpu_timing.measure(case.calls)
             line: dict[str, object] = {"case": case.name, "ours": report.seconds(times["ours"])}
-            line["of copy"] = case.moved / times["ours"] / rate
-            line["of matmul"] = case.flops / times["ours"] / products if case.flops else ""
+            line["of copy"] = case.moved / times["ours"] / run.copy
+            line["of matmul"] = case.flops / times["ours"] / run.products if case.flops else ""
             for label in list(times)[1:]:
                 line[f"x {label}"] = times[label] / times["ours"]
             line["called eagerly"] = ", ".join(eager)
             table.append(line)
             print(json.dumps(line), flush=True)
-    slug = facts["name"].lower().replace(" ", "-")
-    stem = args.out / f"gpu-ops-{'' if args.part == 'all' else args.part + '-'}{slug}-{origin['date']}"
-    head = f"{facts['name']}, driver {facts['driver_version']}, SM {facts['clocks.sm']} of {facts['clocks.max.sm']}, memory {facts['clocks.mem']}, "
-    head += f"torch {torch.__version__}, CUDA {torch.version.cuda}, commit {origin['commit']}; `{origin['command']}`; copy {rate / 1e12:.2f} TB/s, bf16 matmul {products / 1e12:.0f} TFLOP/s"
-    stem.with_suffix(".md").write_text(f"# Ops on a GPU\n\n{head}\n\n{report.table(table)}\n")
-    stem.with_suffix(".json").write_text(json.dumps({"gpu": facts, "origin": origin, "copy_rate": rate, "matmul_rate": products, "rows": table}, indent=1, default=str) + "\n")
-    print(stem.with_suffix(".md").read_text())
+    run.write(args.out, f"gpu-ops{'' if args.part == 'all' else '-' + args.part}", "Ops on a GPU", {"": table})
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
 import gemm_floor  # noqa: E402
+import gpu_ops  # noqa: E402
+import gpu_step  # noqa: E402
 import machine  # noqa: E402
 import report  # noqa: E402
 import timing  # noqa: E402
@@ -135,3 +139,42 @@ def test_report_writes_json_and_markdown(tmp_path, monkeypatch, capsys):
 
 def test_slug_is_a_file_name():
     assert set(machine.cpu_slug()) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+
+# ---- the scripts for a GPU, as far as they run without one
+
+
+@pytest.mark.parametrize("part", ["attention", "head", "rest"])
+def test_every_rival_of_an_op_runs(part):
+    for case in gpu_ops.cases(True, "cpu", part):
+        assert "ours" in case.calls and len(case.calls) > 1
+        for fn in case.calls.values():
+            fn(0)
+
+
+@pytest.mark.parametrize(("batch", "prefix"), [(1, 24), (2, 17)])
+def test_every_way_of_a_step_chooses_the_same_tokens(batch, prefix):
+    with torch.no_grad():
+        weights = gpu_step.Weights(gpu_step.TINY, torch.float32, "cpu")
+        ran = list(gpu_step.check(gpu_step.TINY, weights, batch, prefix))
+    assert {"ours", "S1", "S2 graph, compiled", "S3"} <= set(ran)
+
+
+def test_floor_of_a_step_is_bytes_or_flops():
+    shape = gpu_step.Shape()
+    linear, head = 4 * 4096 * 4096 + 3 * 4096 * 12_288, 126_464 * 4096
+    cached = 2 * 544 * 4096 * 2  # bytes of K and V of a row of 512 + 32
+    by_bytes = gpu_step.floor_seconds(shape, 1, 512, 2, copy=1.0, products=1e9)
+    assert by_bytes == {"layers": pytest.approx(4.0 * (2 * linear + cached)), "head": pytest.approx(2.0 * head)}
+    by_flops = gpu_step.floor_seconds(shape, 8, 512, 2, copy=1e9, products=1.0)
+    assert by_flops["layers"] == pytest.approx(4.0 * (2 * 256 * linear + 4 * 256 * 544 * 4096))
+    assert by_flops["head"] == pytest.approx(2.0 * 256 * head)
+
+
+def test_gpu_check_knows_its_stages(tmp_path):
+    script = Path(__file__).resolve().parent.parent / "bench" / "gpu_check.sh"
+    env = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path)}
+    ran = subprocess.run(["bash", str(script), "--dry-run", "bench_step"], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0 and "ours, S1 and S2 chose the same tokens" in ran.stdout, ran.stdout + ran.stderr
+    wrong = subprocess.run(["bash", str(script), "bench_stap"], env=env, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "bench_step" in wrong.stderr
