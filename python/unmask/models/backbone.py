@@ -23,7 +23,8 @@ class Forward:
 
     ids, row, pos, slot: int64 [T]: token, cache row, RoPE position, K/V slot (-1 = do not write). cu_q: int64 [B+1], entry b owns tokens
     cu_q[b]..cu_q[b+1]. kv_row: int64 [B], the cache row whose keys entry b sees. seg: int64 [B, G, 2], (start, length) of visible slots.
-    q_end: int64 [T] or None; mask: bool [B|1, Qmax, W] or None, as in `ops.block_attention`.
+    q_end: int64 [T] or None; mask: bool [B|1, Qmax, W] or None, as in `ops.block_attention`. mix_ids, mix_weight: int64 and float32 [T, K] or
+    None: a token's input is the weighted sum of these rows of the embedding instead of its own row (soft masks).
     """
 
     ids: torch.Tensor
@@ -35,6 +36,8 @@ class Forward:
     seg: torch.Tensor
     q_end: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    mix_ids: torch.Tensor | None = None
+    mix_weight: torch.Tensor | None = None
 
 
 class KVCache:
@@ -110,7 +113,11 @@ class Backbone(torch.nn.Module):
         t = f.ids.shape[0]
         status = torch.zeros(t + f.kv_row.shape[0], dtype=torch.int32, device=f.ids.device)
         parts = (status[:t], status[t:])
-        residual = torch.nn.functional.embedding(f.ids, self.embed)
+        if f.mix_ids is None:
+            residual = torch.nn.functional.embedding(f.ids, self.embed)
+        else:
+            weight = f.mix_weight.to(self.embed.dtype)
+            residual = torch.nn.functional.embedding_bag(f.mix_ids, self.embed, mode="sum", per_sample_weights=weight)
         x = torch.zeros_like(residual)
         for layer, kv in zip(self.layers, cache.layers, strict=True):
             x = layer(x, residual, f, kv, self.inv_freq, parts)

@@ -360,11 +360,12 @@ def _match(
             )
         matched[canonical] = tensor
     used = {spec.name for spec in specs.values()}
+    head = module.weight_map(replace(config, tied_head=False))["head"].name
     for name in stored:
         if name not in used and not module.is_ignored(name):
             tied = (
                 " (the config ties the head to the embedding)"
-                if config.tied_head and name.endswith("ff_out.weight")
+                if config.tied_head and name in (head, head.removeprefix(prefix))
                 else ""
             )
             problems.append(f"unexpected tensor {shown(name, 200)} of shape {list(stored[name].shape)}{tied}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import stat
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -17,8 +18,9 @@ from typing import Any, Literal, get_args
 
 from ..errors import CheckpointError, nearest
 
-FAMILIES = {"llada": "unmask.models.llada"}
-"""Family name -> its module, which holds MODEL_TYPES, ARCHITECTURES, `read_config`, `weight_map` and `is_ignored`."""
+FAMILIES = {"llada": "unmask.models.llada", "dream": "unmask.models.dream"}
+"""Family name -> its module, which holds MODEL_TYPES, ARCHITECTURES, PREFIX, OVERRIDABLE, `read_config`, `weight_map`
+and `is_ignored`, and may hold CHAT_TEMPLATE with CHAT_TOKENS and BOS_TOKEN."""
 
 Visibility = Literal["bidirectional", "block_causal"]
 
@@ -176,6 +178,100 @@ def number_problems(name: str, value: object, kind: type, low: float, high: floa
     if not (isinstance(value, int) or math.isfinite(value)) or not low <= value <= high:
         return [f"{name} must be in [{low}, {high}], got {shown(value)}"]
     return []
+
+
+class Fields:
+    """Reads config.json field by field for a family file. What is wrong is collected, so that one error names all of it.
+
+    raw, generation: config.json and generation_config.json ({} where there is none). problems: what was wrong so far; a
+    reader that adds to it returns a value that is safe to go on with.
+    """
+
+    def __init__(self, raw: dict[str, Any], generation: dict[str, Any]):
+        self.raw, self.generation = raw, generation
+        self.problems: list[str] = []
+
+    def integer(self, name: str, limit: str, default: int | None = None) -> int:
+        """An integer within LIMITS[limit]; missing or null means `default`, and is wrong where there is none."""
+        value = self.raw.get(name)
+        if value is None:
+            if default is None:
+                self.problems.append(f"{name} is missing")
+            return default or 1
+        bad = number_problems(name, value, int, *LIMITS[limit])
+        self.problems.extend(bad)
+        return 1 if bad else value
+
+    def number(self, name: str, default: float) -> float:
+        """A finite number >= 0; missing means `default`, null is wrong."""
+        value = self.raw.get(name, default)
+        bad = number_problems(name, value, float, 0.0, 1e12)
+        self.problems.extend(bad)
+        return default if bad else float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """true or false; missing or null means `default`."""
+        value = default if self.raw.get(name) is None else self.raw[name]
+        if not isinstance(value, bool):
+            self.problems.append(f"{name} must be true or false, got {shown(value)}")
+        return value is True
+
+    def fixed(self, table: Mapping[str, tuple[Any, Any]]) -> None:
+        """table: field -> (the one supported value, the authors' default where the field is missing)."""
+        for name, (supported, default) in table.items():
+            value = self.raw.get(name, default)
+            if type(value) is not type(supported) or value != supported:
+                missing = "" if name in self.raw else ", the authors' default for a missing field"
+                self.problems.append(
+                    f"{name} must be {supported!r} (the only value supported), got {shown(value)}{missing}"
+                )
+
+    def absent(self, names: Iterable[str]) -> None:
+        """These fields must be missing or null."""
+        for name in names:
+            if self.raw.get(name) is not None:
+                self.problems.append(f"{name} must be absent or null, got {shown(self.raw[name])}")
+
+    def one_id(
+        self, name: str, default: int | None, rows: int, released: int, required: bool = True
+    ) -> int | None:
+        """A token id below `rows`, from config.json, else generation_config.json, else `default`.
+
+        released: the released vocabulary's size, for the message where a required id is nowhere.
+        """
+        value = self.raw.get(name)
+        if value is None:
+            value = self.generation.get(name)
+        if value is None:
+            value = default
+        if value is None:
+            if required:
+                self.problems.append(
+                    f"{name} is missing, and vocab_size {rows} is not the released vocabulary ({released})"
+                )
+                return 0
+            return None
+        bad = number_problems(name, value, int, 0, rows - 1)
+        self.problems.extend(bad)
+        return 0 if bad else value
+
+    def eos_ids(self, default: int | None, rows: int) -> tuple[int, ...]:
+        """eos_token_id, one id or a list, from generation_config.json, else config.json, else `default`; each once."""
+        value = self.generation.get("eos_token_id")
+        if value is None:
+            value = self.raw.get("eos_token_id")
+        if value is None:
+            value = [] if default is None else default
+        ids = value if isinstance(value, list) else [value]
+        if len(ids) > 256:
+            self.problems.append(f"eos_token_id must hold at most 256 ids, got {len(ids)}")
+            ids = ids[:256]
+        for one in ids:
+            bad = number_problems("eos_token_id", one, int, 0, rows - 1)
+            if bad:
+                self.problems.extend(bad)
+                return ()
+        return tuple(dict.fromkeys(ids))
 
 
 def family_module(name: str) -> ModuleType:

@@ -23,6 +23,7 @@ class ForeignConfig:
     max_positions: int
     visibility: str = "bidirectional"
     n_layers: int = 0
+    shifted: bool = False
 
 
 class Foreign:

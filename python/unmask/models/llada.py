@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from ..errors import CheckpointError
-from .config import LIMITS, ModelConfig, WeightSpec, number_problems, shown
+from .config import Fields, ModelConfig, WeightSpec, shown
 
 MODEL_TYPES = ("llada",)
 ARCHITECTURES = ("LLaDAModelLM", "LLaDAModel")
@@ -30,6 +30,8 @@ CHAT_TEMPLATE = (
 )
 """Used where a checkpoint brings no template of its own; renders as the one shipped with LLaDA-8B-Instruct."""
 BOS_TOKEN = "<|startoftext|>"
+CHAT_TOKENS = (BOS_TOKEN,)
+"""Tokens that a tokenizer must have for CHAT_TEMPLATE to be used."""
 
 OVERRIDABLE = {
     "mask_id": ("mask_token_id", 0),
@@ -77,83 +79,50 @@ def read_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
 
     Raises CheckpointError with every unusable field; the values that it returns still need `validate`.
     """
-    problems: list[str] = []
-
-    def integer(name: str, limit: str, default: int | None = None) -> int:
-        value = raw.get(name)
-        if value is None:
-            if default is None:
-                problems.append(f"{name} is missing")
-            return default or 1
-        bad = number_problems(name, value, int, *LIMITS[limit])
-        problems.extend(bad)
-        return 1 if bad else value
-
-    def number(name: str, default: float) -> float:
-        value = raw.get(name, default)
-        bad = number_problems(name, value, float, 0.0, 1e12)
-        problems.extend(bad)
-        return default if bad else float(value)
-
-    def flag(name: str, default: bool) -> bool:
-        value = default if raw.get(name) is None else raw[name]
-        if not isinstance(value, bool):
-            problems.append(f"{name} must be true or false, got {shown(value)}")
-        return value is True
-
-    for name, (supported, default) in _FIXED.items():
-        value = raw.get(name, default)
-        if type(value) is not type(supported) or value != supported:
-            missing = "" if name in raw else ", the authors' default for a missing field"
-            problems.append(
-                f"{name} must be {supported!r} (the only value supported), got {shown(value)}{missing}"
-            )
-    for name in _ABSENT:
-        if raw.get(name) is not None:
-            problems.append(f"{name} must be absent or null, got {shown(raw[name])}")
+    f = Fields(raw, generation)
+    f.fixed(_FIXED)
+    f.absent(_ABSENT)
     if raw.get("bias_for_layer_norm") not in (None, False):
-        problems.append(f"bias_for_layer_norm must be False or null, got {shown(raw['bias_for_layer_norm'])}")
+        f.problems.append(f"bias_for_layer_norm must be False or null, got {shown(raw['bias_for_layer_norm'])}")
 
-    d_model = integer("d_model", "d_model")
-    n_heads = integer("n_heads", "n_heads")
+    d_model = f.integer("d_model", "d_model")
+    n_heads = f.integer("n_heads", "n_heads")
     if d_model % n_heads:
-        problems.append(f"d_model must be a multiple of n_heads, got {d_model} and {n_heads}")
-    ratio = integer("mlp_ratio", "n_heads", 4)
-    vocab = integer("vocab_size", "vocab_size")
-    rows = integer("embedding_size", "vocab_size", vocab)  # null: as many as vocab_size
+        f.problems.append(f"d_model must be a multiple of n_heads, got {d_model} and {n_heads}")
+    ratio = f.integer("mlp_ratio", "n_heads", 4)
+    vocab = f.integer("vocab_size", "vocab_size")
+    rows = f.integer("embedding_size", "vocab_size", vocab)  # null: as many as vocab_size
     if rows < vocab:
-        problems.append(f"embedding_size must be at least vocab_size {vocab}, got {rows}")
-    n_kv_heads = _kv_heads(raw, n_heads, integer("n_kv_heads", "n_kv_heads", n_heads), problems)
-    eos_ids = _eos_ids(raw, generation, rows, problems)
+        f.problems.append(f"embedding_size must be at least vocab_size {vocab}, got {rows}")
+    n_kv_heads = _kv_heads(raw, n_heads, f.integer("n_kv_heads", "n_kv_heads", n_heads), f.problems)
+    eos_ids = f.eos_ids(EOS_ID if rows > EOS_ID else None, rows)
+    if rows == VOCAB_SIZE and EOS_ID in eos_ids and EOT_ID not in eos_ids:
+        eos_ids = (*eos_ids, EOT_ID)
     config = ModelConfig(
         family="llada",
         d_model=d_model,
-        n_layers=integer("n_layers", "n_layers"),
+        n_layers=f.integer("n_layers", "n_layers"),
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=d_model // n_heads,
-        ffn_dim=integer("mlp_hidden_size", "ffn_dim", ratio * d_model),
+        ffn_dim=f.integer("mlp_hidden_size", "ffn_dim", ratio * d_model),
         vocab_size=rows,
-        rope_theta=number("rope_theta", 10000.0),
+        rope_theta=f.number("rope_theta", 10000.0),
         rotary_dim=d_model // n_heads,
-        norm_eps=number("rms_norm_eps", 1e-5),
-        qkv_bias=flag("include_qkv_bias", False),
+        norm_eps=f.number("rms_norm_eps", 1e-5),
+        qkv_bias=f.flag("include_qkv_bias", False),
         qk_norm=False,
-        tied_head=flag("weight_tying", True),
-        mask_id=_one_id(
-            raw, generation, "mask_token_id", MASK_ID if rows > MASK_ID else None, rows, problems
-        ),
+        tied_head=f.flag("weight_tying", True),
+        mask_id=f.one_id("mask_token_id", MASK_ID if rows > MASK_ID else None, rows, VOCAB_SIZE),
         eos_ids=eos_ids,
-        pad_id=_one_id(
-            raw, generation, "pad_token_id", eos_ids[0] if eos_ids else None, rows, problems, required=False
-        ),
-        max_positions=integer("max_sequence_length", "max_positions", 1024),
+        pad_id=f.one_id("pad_token_id", eos_ids[0] if eos_ids else None, rows, VOCAB_SIZE, required=False),
+        max_positions=f.integer("max_sequence_length", "max_positions", 1024),
         block_size=None,
         shifted=False,
         visibility="bidirectional",
     )
-    if problems:
-        raise CheckpointError("unsupported LLaDA config", problems)
+    if f.problems:
+        raise CheckpointError("unsupported LLaDA config", f.problems)
     return config
 
 
@@ -171,45 +140,6 @@ def _kv_heads(raw: dict[str, Any], n_heads: int, n_kv_heads: int, problems: list
             f"n_kv_heads {n_kv_heads} contradicts multi_query_attention {multi_query}, which means {implied}"
         )
     return implied
-
-
-def _one_id(raw, generation, name, default, rows, problems, required=True) -> int | None:
-    value = raw.get(name)
-    if value is None:
-        value = generation.get(name)
-    if value is None:
-        value = default
-    if value is None:
-        if required:
-            problems.append(
-                f"{name} is missing, and vocab_size {rows} is not the released vocabulary ({VOCAB_SIZE})"
-            )
-            return 0
-        return None
-    bad = number_problems(name, value, int, 0, rows - 1)
-    problems.extend(bad)
-    return 0 if bad else value
-
-
-def _eos_ids(raw, generation, rows, problems) -> tuple[int, ...]:
-    """From generation_config.json, else config.json, else the family's; EoT joins in the released vocabulary."""
-    value = generation.get("eos_token_id")
-    if value is None:
-        value = raw.get("eos_token_id")
-    if value is None:
-        value = EOS_ID if rows > EOS_ID else []
-    ids = value if isinstance(value, list) else [value]
-    if len(ids) > 256:
-        problems.append(f"eos_token_id must hold at most 256 ids, got {len(ids)}")
-        ids = ids[:256]
-    for one in ids:
-        bad = number_problems("eos_token_id", one, int, 0, rows - 1)
-        if bad:
-            problems.extend(bad)
-            return ()
-    if rows == VOCAB_SIZE and EOS_ID in ids:
-        ids = [*ids, EOT_ID]
-    return tuple(dict.fromkeys(ids))
 
 
 def weight_map(config: ModelConfig) -> dict[str, WeightSpec]:

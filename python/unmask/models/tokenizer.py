@@ -76,14 +76,11 @@ class Tokenizer:
             raise CheckpointError(f"cannot use the tokenizer in {folder}", problems)
         family = family_module(config.family)
         default = getattr(family, "CHAT_TEMPLATE", None)
-        if (
-            template is None
-            and rust is not None
-            and default
-            and rust.token_to_id(family.BOS_TOKEN) is not None
-        ):
-            template = default
-            special.setdefault("bos_token", family.BOS_TOKEN)
+        if template is None and rust is not None and default:
+            if all(rust.token_to_id(token) is not None for token in family.CHAT_TOKENS):
+                template = default
+                if hasattr(family, "BOS_TOKEN"):
+                    special.setdefault("bos_token", family.BOS_TOKEN)
         return cls(folder, config, rust, template, special)
 
     @property
