@@ -41,6 +41,17 @@ STABLE_TORCH_LIBRARY(unmask, m) {
       "stats_finish(Tensor state, Tensor? id_logit, int topk) "
       "-> (Tensor ids, Tensor values, Tensor status)");
 
+  // logit_stats of the tempered softmax that top-k and top-p leave, without a sort. Outputs as those of logit_stats with topk = 0 and no ids.
+  m.def(
+      "filtered_stats(Tensor logits, Tensor? rows, Tensor? forbid, Tensor? suppress, Tensor? bias_ids, Tensor? bias, "
+      "float temperature, float top_p, int top_k, bool top_k_first, Tensor? seed, Tensor? step, Tensor? pos) "
+      "-> (Tensor ids, Tensor values, Tensor status)");
+
+  // KL divergence of each row's softmax from that of a row of earlier logits, both read once.
+  m.def(
+      "kl_stats(Tensor logits, Tensor previous, Tensor? rows, Tensor? previous_rows, Tensor lse, Tensor previous_lse) "
+      "-> Tensor");
+
   // hidden @ weight^T and logit_stats in one pass over the weights, for up to 64 rows; logits are never stored. CUDA, sm_90a.
   m.def(
       "fused_head_stats(Tensor hidden, Tensor weight, Tensor? rows, Tensor? forbid, Tensor? suppress, Tensor? "

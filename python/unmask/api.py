@@ -10,10 +10,16 @@ from typing import Any
 import torch
 
 from . import ops
-from .decode.backend import ModuleBackend, NativeBackend
+from .decode import daedal_knobs
+from .decode.backend import Guidance, ModuleBackend, NativeBackend
+from .decode.by_length import ByLengthBackend
+from .decode.daedal import Daedal, Lengthening
 from .decode.engine import Commit as EngineCommit
 from .decode.engine import Engine, StepRecord
+from .decode.policy import Policy
+from .decode.shadow import shadow_slots
 from .decode.state import DecodeState, Row
+from .decode.table import RuleSpec
 from .errors import SettingError, check_names
 from .models import checkpoint, hub
 from .models.config import ModelConfig
@@ -21,7 +27,7 @@ from .models.foreign import Foreign
 from .models.model import Model, build
 from .models.tokenizer import Tokenizer
 from .ops.info import cuda_archs
-from .prompts import Prompts, read_canvases, read_prompts
+from .prompts import Fields, Prompts, read_negative, read_prompts, read_templates
 from .result import Commit, Done, Result, Step
 from .settings import Settings
 
@@ -80,15 +86,27 @@ def _prepare(model: Model | torch.nn.Module | str | Path, prompt: Any, settings:
     return _Run(loaded, read_prompts(prompt, loaded, chosen), chosen, quiet)
 
 
-def infill(model: Model | torch.nn.Module | str | Path, canvas: Any, **settings: Any) -> Result | list[Result]:
+def infill(model: Model | torch.nn.Module | str | Path, canvas: Any, *, prompt: Any = None, **settings: Any) -> Result | list[Result]:
     """Fills the holes of a canvas; every given token stays as it is.
 
-    canvas: token ids with None for each hole (a list), or a list of such lists for a batch. Settings and errors as in `generate`, except
-    that max_new_tokens and chat do not apply and eos_stop defaults to False. Result.ids holds the tokens put into the holes, in order.
+    canvas: token ids with None for each hole (a list), text with `[[MASK*n]]` for n holes, an `unmask.templates.Scaffold` (a JSON object
+    whose values are to fill; a decided null ends its field), or a list of these for a batch. prompt: what stands before it, text, ids or,
+    with chat=True, messages; one for all rows or a list. Settings and errors as in `generate`, except that max_new_tokens does not apply
+    and eos_stop defaults to False. Result.ids holds the tokens put into the holes, in order; `Scaffold.read` takes a Result.
     """
-    chosen = Settings.from_kwargs({"eos_stop": False, **settings}, forbidden=("max_new_tokens", "chat"))
+    if settings.get("schedule") == "daedal":
+        raise SettingError("schedule='daedal' writes an answer of its own length behind a prompt; a canvas has its length: use generate, or another schedule")
+    chosen = Settings.from_kwargs({"eos_stop": False, **settings}, forbidden=("max_new_tokens",))
     loaded = _model(model)
-    return _Run(loaded, read_canvases(canvas, loaded), chosen, quiet=True).result()
+    prompts, fields = read_templates(canvas, prompt, loaded, chosen)
+    return _Run(loaded, prompts, chosen, quiet=True, fields=fields).result()
+
+
+def policies() -> str:
+    """The policy table as text: every decoding rule with its source, what it needs and its settings."""
+    from .decode.tabulate import policy_table
+
+    return policy_table()
 
 
 def _model(model: Model | torch.nn.Module | str | Path) -> Model | Foreign:
@@ -100,39 +118,61 @@ def _model(model: Model | torch.nn.Module | str | Path) -> Model | Foreign:
 class _Run:
     """One generation. Everything is checked when it is built; `events` then decodes."""
 
-    def __init__(self, model: Model | Foreign, prompts: Prompts, settings: Settings, quiet: bool):
+    def __init__(self, model: Model | Foreign, prompts: Prompts, settings: Settings, quiet: bool, fields: Fields | None = None):
         self.began = time.perf_counter()
         self.model, self.prompts, self.settings, self.quiet = model, prompts, settings, quiet
         config = model.config
         self.resolved = settings.resolved(model)
         seeds = settings.row_seeds(len(prompts.canvases))
         policy = settings.policy_for(config)
+        _check_needs(policy.spec, model)
+        schedule = settings.block_schedule(model)
         self.state = DecodeState(
-            prompts.canvases, prompts.given, config.mask_id, settings.schedule(), settings.steps_for_quota(prompts), seeds, model.device
+            prompts.canvases, prompts.given, config.mask_id, schedule, settings.steps_for_quota(prompts), seeds, model.device
         )
         eos_ids = config.eos_ids if settings.eos_stop else ()
         self.stop = _StopStrings(self.state, model.tokenizer, settings.stop, eos_ids) if settings.stop else None
-        self.engine = Engine(
+        self.engine = self._daedal(policy) if settings.schedule == "daedal" else Engine(
             self.state,
-            self._backend(),
+            self._backend(policy),
             policy,
             cache=settings.cache,
             eos_ids=eos_ids,
+            eos_at_block_end=settings.eos_stop == "block",
             on_invalid=settings.on_invalid,
             settled=self.stop,
-            record=settings.trace or not quiet,
+            record=bool(settings.trace) or not quiet,
+            predictions=settings.trace == "predictions",
+            after_commit=fields.bind(self.state) if fields is not None else None,
         )
 
-    def _backend(self) -> NativeBackend | ModuleBackend:
+    def _daedal(self, policy: Policy) -> Daedal:
+        settings, eos_ids = self.settings, tuple(self.model.config.eos_ids)
+        daedal_knobs.check_model(self.model.name, eos_ids, policy.suppress)
+        return Daedal(
+            self.state, self._backend(policy), policy, daedal_knobs.resolve(settings.schedule_knobs, settings.max_new_tokens), eos_ids,
+            stops=bool(settings.eos_stop), on_invalid=settings.on_invalid, settled=self.stop, record=bool(settings.trace) or not self.quiet,
+        )  # fmt: skip
+
+    def _backend(self, policy: Policy) -> NativeBackend | ModuleBackend:
         model, settings, mask_id = self.model, self.settings, self.model.config.mask_id
+        weight, guidance = settings.guidance_weight, None
+        if weight is not None:
+            guidance = Guidance(weight, read_negative(settings.negative_prompt, model, settings, len(self.prompts.canvases)))
         if isinstance(model, Model):
-            return NativeBackend(model, self.state, mask_id, settings.cfg_scale)
+            shadow = shadow_slots(policy, self.state)
+            soft = settings.soft_masks.start(self.state, mask_id) if settings.soft_masks is not None else None
+            return NativeBackend(model, self.state, mask_id, guidance, shadow, soft)
         if settings.cache != "none":
             raise SettingError(f"cache={settings.cache!r} needs a model from unmask.load; {model.name} can only run with cache='none'")
+        if settings.soft_masks is not None:
+            raise SettingError(f"soft_masks needs a model from unmask.load; {model.name} takes token ids, not embeddings")
+        if settings.schedule == "daedal":
+            return ByLengthBackend(model.module, self.state, mask_id, guidance, shifted=model.config.shifted)
         lengths = sorted({len(c) for c in self.prompts.canvases})
         if len(lengths) > 1:
             raise SettingError(f"rows must be equally long for {model.name}, which is not from unmask.load; got lengths {lengths}")
-        return ModuleBackend(model.module, self.state, mask_id, settings.cfg_scale)
+        return ModuleBackend(model.module, self.state, mask_id, guidance, shifted=model.config.shifted)
 
     def result(self) -> Result | list[Result]:
         """Decodes to the end."""
@@ -160,6 +200,11 @@ class _Run:
         results = [self._row_result(row, ended[row.index], traces[row.index] if settings.trace else None) for row in state.rows]
         yield Done(results[0] if self.prompts.single else results)
 
+    def _log_prob(self, row: Row) -> float | None:
+        """Log-probability of the row's order and tokens, for rules that keep one (plackett_luce)."""
+        log_prob = getattr(self.engine.rule, "log_prob", None)
+        return None if log_prob is None else float(log_prob[row.index])
+
     def _row_result(self, row: Row, seconds: float, trace: list[dict[str, Any]] | None) -> Result:
         config, settings, tokenizer = self.model.config, self.settings, self.model.tokenizer
         canvas = _canvas(self.state, row.index)
@@ -171,7 +216,7 @@ class _Run:
         if settings.eos_stop and first_eos is not None and row.finish_reason != "invalid":
             # what lies behind the end of the sequence is of no interest: it reads as end of sequence, decided or not
             for i in made:
-                if i > first_eos:
+                if i > first_eos and (settings.eos_stop is True or masked[i]):
                     canvas[i] = canvas[first_eos]
         before_eos = [canvas[i] for i in decided if first_eos is None or i < first_eos]
         ids = before_eos if settings.eos_stop else [canvas[i] for i in decided]
@@ -194,6 +239,7 @@ class _Run:
             exact=self.resolved["exact"],
             settings=self.resolved,
             trace=trace,
+            log_prob=self._log_prob(row),
         )
 
 
@@ -204,8 +250,11 @@ def _canvas(state: DecodeState, index: int) -> list[int]:
 def _trace_record(commit: EngineCommit, record: StepRecord) -> dict[str, Any]:
     committed = [list(t) for t in zip(commit.positions, commit.ids, commit.scores, strict=True)]
     return {
-        "row": commit.row, "block": commit.block, "step": commit.step, "nfe": commit.nfe, "committed": committed, "edited": [],
-        "masks_left": commit.masks_left, "ms": record.seconds * 1e3,
+        "row": commit.row, "block": commit.block, "step": commit.step, "nfe": commit.nfe, "committed": committed,
+        "edited": [list(t) for t in commit.edited],
+        "remasked": [list(t) for t in commit.remasked], "masks_left": commit.masks_left, "ms": record.seconds * 1e3,
+        **({} if commit.filled is None else {"filled": commit.filled}),
+        **({"inserted": [list(t) for t in commit.inserted], "length": commit.length} if isinstance(commit, Lengthening) else {}),
     }  # fmt: skip
 
 
@@ -241,10 +290,14 @@ class _StopStrings:
         return ids[:n], kept
 
 
+def _check_needs(spec: RuleSpec, model: Model | Foreign) -> None:
+    """A rule that a model cannot serve is refused before the first forward."""
+    if "model" in spec.needs and not isinstance(model, Model):
+        raise SettingError(f"policy={spec.name!r} needs a model from unmask.load (it forwards rows that a plain module does not take), got {model.name}")
+
+
 def _check_decodable(config: ModelConfig, overrides: Mapping[str, Any]) -> None:
     """What this release's loop cannot do must not look as if it did."""
-    if config.shifted:
-        raise SettingError("shifted models are not decoded in this release; leave `shifted` out of overrides")
     if config.visibility != "bidirectional":
         raise SettingError(f"visibility must be 'bidirectional' in this release, got {config.visibility!r}")
     if overrides.get("block_size") is not None:
@@ -283,4 +336,4 @@ def _device(device: torch.device | str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if target.index is None else target.index)
 
 
-__all__ = ["Commit", "Done", "Model", "ModelConfig", "Result", "Step", "generate", "infill", "load", "ops", "stream"]
+__all__ = ["Commit", "Done", "Model", "ModelConfig", "Result", "Step", "generate", "infill", "load", "ops", "policies", "stream"]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from .decode.policy import as_integer
+from .decode.values import as_integer
 from .errors import SettingError
 from .models.foreign import Foreign
 from .models.model import Model, check_ids
 from .settings import Settings
+from .templates import Scaffold, end_fields, parse_template
+
+if TYPE_CHECKING:
+    from .decode.state import DecodeState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,85 @@ def read_prompts(prompt: Any, model: Model | Foreign, settings: Settings) -> Pro
         _check_length(model, len(row) + n, f"prompt {i}: {len(row)} prompt tokens + max_new_tokens {n}")
     mask = model.config.mask_id
     return Prompts([row + [mask] * n for row in ids], [[True] * len(row) + [False] * n for row in ids], ids, single)
+
+
+def read_negative(negative: Any, model: Model | Foreign, settings: Settings, rows: int) -> list[list[int]] | None:
+    """Negative prompts, one per row: a single one (text, ids or messages) serves all."""
+    if negative is None:
+        return None
+    given, single = _rows(negative, settings.chat)
+    ids = [_ids(row, model, settings.chat, i) for i, row in enumerate(given)]
+    if single:
+        ids = ids * rows
+    if len(ids) != rows:
+        raise SettingError(f"negative_prompt must be one prompt or one per row, {rows} here, got {len(ids)}")
+    return ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """Fields of scaffolds: positions of a row with one number end together. field: per row, one number a position, -1 = none."""
+
+    field: list[list[int]]
+    end_ids: tuple[Any, ...]
+    fill_id: int
+
+    def bind(self, state: DecodeState) -> Callable[[Any], None]:
+        """What the decode loop calls after each commit: ends the fields whose null is decided."""
+        longest = state.canvas.shape[1]
+        field = torch.full((len(self.field), longest), -1, dtype=torch.int64)
+        for i, row in enumerate(self.field):
+            field[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        field = field.to(state.canvas.device)
+        return lambda _: end_fields(state.canvas, state.masked, field, self.end_ids, self.fill_id)
+
+
+def read_templates(canvas: Any, prompt: Any, model: Model | Foreign, settings: Settings) -> tuple[Prompts, Fields | None]:
+    """Canvases as ids with None for holes, as template text or as scaffolds, one or many, each behind its prompt."""
+    single = _is_one_canvas(canvas)
+    items = [canvas] if single else list(canvas)
+    rows = [_template(item, model) for item in items]
+    before: list[list[int]] = [[] for _ in rows]
+    if prompt is not None:
+        given, one = _rows(prompt, settings.chat)
+        before = [_ids(p, model, settings.chat, i) for i, p in enumerate(given)]
+        before = before * len(rows) if one else before
+        if len(before) != len(rows):
+            raise SettingError(f"prompt must be one prompt or one per canvas, {len(rows)} here, got {len(before)}")
+    full = [b + r for b, r in zip(before, rows, strict=True)]
+    found = [item for item in items if isinstance(item, Scaffold)]
+    fields = None
+    if found:
+        if any((s.end_ids, s.fill_id) != (found[0].end_ids, found[0].fill_id) for s in found):
+            raise SettingError("scaffolds of one batch must have the same null and end tokens; run them apart")
+        numbers = [
+            item.field_map(len(row), offset=len(b)).tolist() if isinstance(item, Scaffold) else [-1] * len(row)
+            for item, row, b in zip(items, full, before, strict=True)
+        ]
+        fields = Fields(numbers, found[0].end_ids, found[0].fill_id)
+    return read_canvases(full[0] if single else full, model), fields
+
+
+def _is_one_canvas(canvas: Any) -> bool:
+    if isinstance(canvas, (str, Scaffold)):
+        return True
+    if not isinstance(canvas, (list, tuple)):
+        raise SettingError(
+            f"canvas must be a list of token ids with None for holes, template text, a Scaffold, or a list of such, got {type(canvas).__name__}"
+        )
+    return not canvas or not isinstance(canvas[0], (list, tuple, str, Scaffold))
+
+
+def _template(item: Any, model: Model | Foreign) -> list[Any]:
+    if isinstance(item, Scaffold):
+        return list(item.canvas)
+    if isinstance(item, str):
+        if not model.tokenizer.available:
+            raise SettingError("a template as text needs a tokenizer, and this model has none; give ids with None for holes")
+        return list(parse_template(item, model.tokenizer))
+    if not isinstance(item, (list, tuple)):
+        raise SettingError(f"each canvas must be a list of token ids with None for holes, template text or a Scaffold, got {type(item).__name__}")
+    return list(item)
 
 
 def read_canvases(canvas: Any, model: Model | Foreign) -> Prompts:

@@ -14,7 +14,8 @@ class Result:
     ids before the first EOS (all of them with eos_stop=False). canvas: every token of the row, prompt included. prompt_ids: the prompt.
     nfe: forwards in which the row took part. tokens_per_forward: tokens before the first EOS / nfe. seconds: wall time until the row
     ended. finish_reason: "eos", "length", "stop" or "invalid" (only with on_invalid="skip"). exact: False where the cache is
-    approximate. settings: every setting as resolved. trace: records of `decode.trace` if asked for, else None.
+    approximate. settings: every setting as resolved. trace: records of `decode.trace` if asked for, else None. log_prob: of the row's order
+    and tokens, for policy="plackett_luce", else None.
     """
 
     text: str | None
@@ -28,6 +29,7 @@ class Result:
     exact: bool
     settings: dict[str, Any]
     trace: list[dict[str, Any]] | None = None
+    log_prob: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from . import INTERRUPTED
-from .options import SETTINGS, fail
+from .options import fail, given_settings
 from .show import MASK, Pieces, canvas_text, id_pieces, visible
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from ..errors import UnmaskError
     from ..settings import Settings
 
-    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    given = given_settings(args)
     given["chat"] = args.chat if args.chat is not None else args.model == EMBEDDED
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -65,7 +65,7 @@ class _Seen:
 
     def __init__(self, model: Model, settings: Any):
         self.mask_id, self.n = model.config.mask_id, settings.max_new_tokens
-        self.settings = settings
+        self.settings = settings.resolved(model)
         self.commit: Commit | None = None
         self.forwards = 0
         self.began = time.perf_counter()
@@ -138,7 +138,7 @@ def _report_interrupted(args: argparse.Namespace, seen: _Seen, pieces: Pieces) -
         fields = {
             "text": text, "ids": [None if t == seen.mask_id else t for t in made], "nfe": nfe,
             "tokens_per_forward": settled / nfe if nfe else 0.0, "seconds": time.perf_counter() - seen.began,
-            "finish_reason": "interrupted", "settings": {n: getattr(seen.settings, n) for n in SETTINGS},
+            "finish_reason": "interrupted", "settings": seen.settings,
         }  # fmt: skip
         print(json.dumps(fields, ensure_ascii=False))
         return

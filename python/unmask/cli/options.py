@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -15,9 +16,10 @@ from typing import NoReturn
 from .. import __version__
 
 SETTINGS = (
-    "max_new_tokens", "block_size", "policy", "score", "threshold", "factor", "steps", "temperature", "cache", "seed", "stop",
+    "max_new_tokens", "block_size", "policy", "score", "threshold", "factor", "steps", "schedule", "delimiters", "temperature", "top_p", "top_k",
+    "cfg_scale", "negative_prompt", "cache", "seed", "stop",
 )  # fmt: skip
-"""Options of `generate` that are settings of `unmask.generate`, by the same name."""
+"""Options of `generate` that are settings of `unmask.generate`, by the same name; any other setting is given with --set."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,6 +74,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     commands = parser.add_subparsers(dest="command", metavar="command", parser_class=Parser)
     return parser, {
         "generate": _generate(commands),
+        "policies": _policies(commands),
         "doctor": _doctor(commands),
         "bench": _bench(commands),
     }
@@ -112,17 +115,25 @@ def _generate(commands) -> Parser:
         metavar="N",
         help="positions denoised together, block by block (default 32)",
     )
-    d.add_argument("--policy", help="threshold (default), factor or quota")
-    d.add_argument("--score", help="what orders positions: confidence (default), margin, entropy or random")
+    d.add_argument("--policy", metavar="NAME", help="the decoding rule: threshold (default) or one that `unmask policies` lists")
+    d.add_argument("--score", metavar="NAME", help="what orders positions: confidence (default), margin, entropy, random or leftmost")
     d.add_argument(
         "--threshold",
         type=_number,
         metavar="X",
-        help="policy threshold: commit every position that scores X (default 0.9)",
+        help="policy threshold and others: commit every position that scores X (default of threshold: 0.9)",
     )
     d.add_argument("--factor", type=_number, metavar="X", help="policy factor: how bold it is (default 1.0)")
     d.add_argument(
-        "--steps", type=_integer, metavar="N", help="policy quota: forwards in all (default: one per token)"
+        "--steps", type=_integer, metavar="N", help="policy quota and others: forwards in all (default: one per token)"
+    )
+    d.add_argument("--schedule", metavar="NAME", help="where blocks end: fixed (default), adablock or daedal")
+    d.add_argument(
+        "--delimiter",
+        dest="delimiters",
+        action="append",
+        metavar="TEXT",
+        help="schedule adablock: a block ends at this token (default: a line break); may be given several times",
     )
     d.add_argument(
         "--temperature",
@@ -130,10 +141,24 @@ def _generate(commands) -> Parser:
         metavar="X",
         help="0 takes the most likely token (default), above 0 samples",
     )
+    d.add_argument("--top-p", type=_number, metavar="X", help="draw from the likeliest tokens that have mass X together")
+    d.add_argument("--top-k", type=_integer, metavar="N", help="draw from the N likeliest tokens")
+    d.add_argument(
+        "--cfg-scale", type=_number, metavar="X", help="classifier-free guidance, LLaDA's convention: 0 is off (default)"
+    )
+    d.add_argument("--negative-prompt", metavar="TEXT", help="with --cfg-scale: what guidance leads away from")
     d.add_argument("--cache", help="none (exact), prefix or dual (approximate on bidirectional models)")
     d.add_argument("--seed", type=_integer, metavar="N", help="same seed, same text (default 0)")
     d.add_argument(
         "--stop", action="append", metavar="TEXT", help="end before this text; may be given several times"
+    )
+    d.add_argument(
+        "--set",
+        type=_assignment,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other setting of unmask.generate or of the policy, VALUE as JSON or text; may be given several times",
     )
     o = p.add_argument_group("output").add_mutually_exclusive_group()
     o.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -143,6 +168,17 @@ def _generate(commands) -> Parser:
         help="redraw the text as it denoises (plain lines if this is no terminal)",
     )
     p.set_defaults(run=_lazily("generate"))
+    return p
+
+
+def _policies(commands) -> Parser:
+    p = commands.add_parser(
+        "policies",
+        help="the decoding rules and their settings",
+        description="List the decoding rules with their sources, or one of them with its settings.",
+    )
+    p.add_argument("name", nargs="?", help="a policy: print what it does and its settings")
+    p.set_defaults(run=_lazily("policies"))
     return p
 
 
@@ -203,6 +239,30 @@ def _number(text: str) -> float:
     if math.isnan(value):
         raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
     return value
+
+
+def _assignment(text: str) -> tuple[str, object]:
+    """NAME=VALUE: the value as JSON if it is that, else the text itself. Whether there is such a setting is checked with all the others."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name.strip().replace("-", "_"), json.loads(value)
+    except ValueError:
+        return name.strip().replace("-", "_"), value
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, object]:
+    """The settings that the command line names, each once; a mistake exits as one of the parser's does."""
+    found = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    options = {name: f"--{'delimiter' if name == 'delimiters' else name.replace('_', '-')}" for name in SETTINGS}
+    for name, value in args.set:
+        if name in found:
+            args.parser.error(f"{name} is given twice: --set {name} and {options.get(name, '--set ' + name)}; give it once")
+        if name == "chat":
+            args.parser.error("chat is set with --chat or --no-chat")
+        found[name] = value
+    return found
 
 
 def fail(args: argparse.Namespace, message: object) -> int:

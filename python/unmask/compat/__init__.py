@@ -1,4 +1,13 @@
 """The authors' own functions, same names, arguments, defaults and return values, on unmask's ops: change one import.
 
-`unmask.compat.llada.generate`, `unmask.compat.fast_dllm.{generate, generate_with_prefix_cache, generate_with_dual_cache}`.
+| module | functions | authors' code |
+|---|---|---|
+| `llada` | generate, get_log_likelihood | ML-GSAI/LLaDA |
+| `fast_dllm` | generate, generate_with_prefix_cache, generate_with_dual_cache | NVlabs/Fast-dLLM, llada/ |
+| `adablock` | generate_adablock, generate_adablock_prefix_cache, generate_adablock_dual_cache; dream_generate, dream_generate_parallel | lgxi24/AdaBlock-dLLM |
+| `dream` | diffusion_generate (a function, or a method to bind) | HKUNLP/Dream; NVlabs/Fast-dLLM, dream/ |
+
+model: one from `unmask.load`, or the user's own module. A module is called as the authors call theirs, with past_key_values and
+replace_position where a function has a cache; one whose forward does not name these raises before it is called.
+What the authors' code does on purpose (a forced first position, a forward too many) is the default; what is a bug is off and has a switch.
 """

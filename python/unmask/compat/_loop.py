@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Iterator
 
 import torch
 
-from ..decode.backend import ModuleBackend, NativeBackend
+from ..decode.backend import Guidance, ModuleBackend, NativeBackend
 from ..decode.engine import Engine
-from ..decode.policy import MAX_TEMPERATURE, Policy, integer, number
+from ..decode.module_cache import CachedModule, LLaDACalls, check_cacheable
+from ..decode.policy import MAX_TEMPERATURE, Policy
 from ..decode.schedule import FixedBlocks
 from ..decode.state import DecodeState, Row
+from ..decode.values import integer, number
 from ..errors import SettingError, check_names
 from ..models.model import Model, check_ids
 
@@ -23,11 +26,15 @@ def check_model(model: object) -> None:
         raise SettingError(f"model must be a model from unmask.load or a torch.nn.Module, got {type(model).__name__}")
 
 
-def check_arguments(prompt, steps, gen_length, block_length, temperature, remasking, mask_id, quota: bool) -> int:
-    """Checks what every function takes; returns the number of blocks."""
+def check_prompt(prompt: object, name: str = "prompt") -> None:
     if not isinstance(prompt, torch.Tensor) or prompt.dim() != 2 or prompt.dtype != torch.int64:
         what = f"{prompt.dtype} {list(prompt.shape)}" if isinstance(prompt, torch.Tensor) else type(prompt).__name__
-        raise SettingError(f"prompt must be an int64 tensor [B, P], got {what}")
+        raise SettingError(f"{name} must be an int64 tensor [B, P], got {what}")
+
+
+def check_arguments(prompt, steps, gen_length, block_length, temperature, remasking, mask_id, quota: bool) -> int:
+    """Checks what every LLaDA function takes; returns the number of blocks."""
+    check_prompt(prompt)
     integer("gen_length", gen_length, 0, LONGEST)
     integer("block_length", block_length, 1, LONGEST)
     integer("steps", steps, 1, LONGEST)
@@ -42,66 +49,128 @@ def check_arguments(prompt, steps, gen_length, block_length, temperature, remask
     return blocks
 
 
-def run(
+class History(DecodeState):
+    """A DecodeState that notes what its rows' blocks took: per row (block length, forwards), block after block."""
+
+    def __init__(self, *args, **kwargs):
+        self.blocks: dict[int, list[tuple[int, int]]] = {}
+        super().__init__(*args, **kwargs)
+
+    def next_block(self, row: Row) -> None:
+        if row.block >= 0:
+            done = self.blocks.setdefault(row.index, [])
+            done.append((row.block_end - row.block_start, row.nfe - sum(n for _, n in done)))
+        super().next_block(row)
+
+
+@dataclasses.dataclass
+class Loop:
+    """One generation, ready to run."""
+
+    state: History
+    engine: Engine
+    prompt: torch.Tensor
+    gen_length: int
+    mask_id: int
+
+    def steps(self) -> Iterator[int]:
+        """Yields the number of forwards so far, after each one."""
+        for done, _ in enumerate(self.engine.run(), 1):
+            yield getattr(self.engine.backend, "forwards", done)
+
+    def run(self) -> tuple[torch.Tensor, int]:
+        """Decodes to the end: (x int64 [B, P + gen_length], number of forwards)."""
+        forwards = [0, *self.steps()][-1]
+        return self.x(), forwards
+
+    def x(self) -> torch.Tensor:
+        """int64 [B, P + gen_length] as it stands, padding included."""
+        b, p = self.prompt.shape
+        x = torch.full((b, p + self.gen_length), self.mask_id, dtype=torch.int64, device=self.prompt.device)
+        x[:, :p] = self.prompt
+        for i, row in enumerate(self.state.rows):  # packed rows begin behind their padding
+            x[i, p + self.gen_length - row.end :] = self.state.canvas[i, : row.end]
+        return x
+
+    def histories(self) -> tuple[list, list]:
+        """(forwards, lengths) of the blocks: of the one row, or a list per row."""
+        rows = [self.state.blocks.get(r.index, []) for r in self.state.rows]
+        forwards, lengths = [[n for _, n in blocks] for blocks in rows], [[size for size, _ in blocks] for blocks in rows]
+        return (forwards[0], lengths[0]) if len(rows) == 1 else (forwards, lengths)
+
+
+def prepare(
     model: torch.nn.Module,
     prompt: torch.Tensor,
     policy: Policy,
     *,
-    steps: int,
     gen_length: int,
-    block_length: int,
     mask_id: int,
+    schedule: FixedBlocks,
+    steps: int | None = None,
     cache: str = "none",
     cfg_scale: float = 0.0,
     attention_mask: torch.Tensor | None = None,
-    min_steps: Callable[[Row], int] = lambda row: 0,
-) -> tuple[torch.Tensor, int]:
-    """Decodes gen_length positions after each prompt. Returns (x int64 [B, P + gen_length], number of forwards)."""
-    b, p = prompt.shape
-    keep = _attention_mask(attention_mask, prompt)
-    native = isinstance(model, Model)
+    calls: LLaDACalls | None = None,
+    shifted: bool = False,
+    start: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **engine,
+) -> Loop:
+    """Checks the model against the arguments and builds the loop that decodes gen_length positions after each prompt.
+
+    calls: how a module that is not ours is called where `module(ids, attention_mask=...)` is not it; shifted: whether its logits are.
+    start: canvases int64 [B, P + gen_length] and which positions are undecided, bool, for a module (default: prompts and masks).
+    engine: more arguments of Engine.
+    """
+    b = prompt.shape[0]
+    keep = padding(attention_mask, prompt)
+    native = isinstance(model, Model) and calls is None
+    if isinstance(model, Model):
+        _check_native(model, prompt, mask_id)
     if native:
-        try:
-            check_ids(prompt, model.config.vocab_size, "prompt")
-        except ValueError as error:
-            raise SettingError(str(error)) from None
-        if prompt.device != model.device:
-            raise SettingError(f"the prompt must be on the model's device {model.device}, got {prompt.device}; move it: prompt.to(model.device)")
-        if mask_id >= model.config.vocab_size:
-            raise SettingError(
-                f"mask_id must be below the model's vocabulary size {model.config.vocab_size}, got {mask_id}; this model's is {model.config.mask_id}"
-            )
         # padded positions are left out: packed rows need no padding, and RoPE only sees distances
         prompts = [row[k].tolist() for row, k in zip(prompt, keep, strict=True)]
     else:
         prompts = prompt.tolist()
         if cache != "none":
-            raise SettingError(
-                f"the {cache} cache needs a model loaded with unmask.load; {type(model).__name__} can only be run without a cache"
-            )
-    canvases = [row + [mask_id] * gen_length for row in prompts]
-    given = [[True] * len(row) + [False] * gen_length for row in prompts]
+            calls = calls or LLaDACalls()
+            check_cacheable(model, cache, calls.needed(cache))
+    if start is None:
+        canvases = [row + [mask_id] * gen_length for row in prompts]
+        given = [[True] * len(row) + [False] * gen_length for row in prompts]
+    else:
+        canvases, given = start[0].tolist(), (~start[1]).tolist()
     # as the authors' code: one stream of random numbers, taken from torch's default generator, so torch.manual_seed decides it
-    sampled = policy.temperature > 0 or policy.score == "random"
-    seeds = torch.randint(0, 2**62, (b,)).tolist() if sampled else [0] * b
-    quota_steps = steps if policy.rule == "quota" else None
-    state = DecodeState(canvases, given, mask_id, FixedBlocks(block_length), quota_steps, seeds, prompt.device)
+    seeds = torch.randint(0, 2**62, (b,)).tolist() if policy.sampled else [0] * b
+    guidance = Guidance(cfg_scale + 1.0) if cfg_scale else None
+    state = History(canvases, given, mask_id, schedule, steps, seeds, prompt.device)
+    backend: NativeBackend | ModuleBackend
     if native:
-        backend: NativeBackend | ModuleBackend = NativeBackend(model, state, mask_id, cfg_scale)
+        backend = NativeBackend(model, state, mask_id, guidance)
+    elif calls is not None:
+        backend = CachedModule(model, state, mask_id, cache, calls, shifted)
     else:
         full = None
         if attention_mask is not None:
             full = torch.cat([attention_mask, attention_mask.new_ones((b, gen_length))], dim=1)
-        backend = ModuleBackend(model, state, mask_id, cfg_scale, full)
-    forwards = sum(1 for _ in Engine(state, backend, policy, cache=cache, min_steps=min_steps).run())
-    x = torch.full((b, p + gen_length), mask_id, dtype=torch.int64, device=prompt.device)
-    x[:, :p] = prompt
-    for i, row in enumerate(state.rows):
-        x[i, p:] = state.canvas[i, row.end - gen_length : row.end]
-    return x, forwards
+        backend = ModuleBackend(model, state, mask_id, guidance, full)
+    return Loop(state, Engine(state, backend, policy, cache=cache, **engine), prompt, gen_length, mask_id)
 
 
-def _attention_mask(mask: torch.Tensor | None, prompt: torch.Tensor) -> torch.Tensor:
+def _check_native(model: Model, prompt: torch.Tensor, mask_id: int) -> None:
+    try:
+        check_ids(prompt, model.config.vocab_size, "prompt")
+    except ValueError as error:
+        raise SettingError(str(error)) from None
+    if prompt.device != model.device:
+        raise SettingError(f"the prompt must be on the model's device {model.device}, got {prompt.device}; move it: prompt.to(model.device)")
+    if mask_id >= model.config.vocab_size:
+        raise SettingError(
+            f"mask_id must be below the model's vocabulary size {model.config.vocab_size}, got {mask_id}; this model's is {model.config.mask_id}"
+        )
+
+
+def padding(mask: torch.Tensor | None, prompt: torch.Tensor) -> torch.Tensor:
     """bool [B, P]: which prompt positions are real. Padding must be on the left, as the authors pad."""
     if mask is None:
         return torch.ones_like(prompt, dtype=torch.bool)

@@ -12,7 +12,9 @@ import functools
 
 import torch
 
-from ..decode.policy import Policy, number
+from ..decode.policy import Policy
+from ..decode.schedule import FixedBlocks
+from ..decode.values import number
 from ..errors import SettingError
 from . import _loop
 
@@ -50,7 +52,7 @@ def generate_with_prefix_cache(
 ) -> tuple[torch.Tensor, int]:  # fmt: skip
     """K/V of everything before the block is kept from the block's first, full forward. Arguments and return value as in `generate`.
 
-    model must come from `unmask.load`.
+    model: from `unmask.load`, or a module whose forward takes what the authors' LLaDA class takes: past_key_values and use_cache.
     """
     return _run(
         model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor, "prefix", superfluous_forward
@@ -65,7 +67,8 @@ def generate_with_dual_cache(
 ) -> tuple[torch.Tensor, int]:  # fmt: skip
     """K/V of everything outside the block is kept from the block's first, full forward. Arguments and return value as in `generate`.
 
-    model must come from `unmask.load`.
+    model: from `unmask.load`, or a module whose forward takes what the authors' LLaDA class takes: past_key_values, use_cache
+    and replace_position.
     """
     return _run(
         model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor, "dual", superfluous_forward
@@ -82,17 +85,16 @@ def _run(
     _loop.check_arguments(prompt, steps, gen_length, block_length, temperature, remasking, mask_id, quota=rule == "quota")
     if factor is not None:
         number("factor", factor, 0.0, 1e30, open_low=True)
+    knobs = {"threshold": dict(threshold=threshold), "factor": dict(factor=factor, factor_off_by_one=True), "quota": {}}[rule]
     policy = Policy(
         rule=rule,
         score=_loop.REMASKING[remasking],
-        threshold=0.9 if threshold is None else threshold,
-        factor=1.0 if factor is None else float(factor),
-        off_by_one=True,
+        knobs=knobs,
         temperature=float(temperature),
         strict=False,
     )
     least = 2 if superfluous and cache != "none" else 0
-    return _loop.run(
-        model, prompt, policy, steps=steps, gen_length=gen_length, block_length=block_length, mask_id=mask_id, cache=cache,
-        min_steps=lambda row: least,
-    )  # fmt: skip
+    return _loop.prepare(
+        model, prompt, policy, gen_length=gen_length, mask_id=mask_id, schedule=FixedBlocks(block_length),
+        steps=steps if rule == "quota" else None, cache=cache, min_steps=lambda row: least,
+    ).run()  # fmt: skip

@@ -1,11 +1,15 @@
-"""LLaDA's `generate` (ML-GSAI/LLaDA, generate.py; arXiv 2502.09992) on unmask's ops."""
+"""LLaDA's `generate` and `get_log_likelihood` (ML-GSAI/LLaDA, files of these names; arXiv 2502.09992) on unmask's ops."""
 
 from __future__ import annotations
 
 import torch
 
-from ..decode.policy import Policy, number
+from ..decode.policy import Policy
+from ..decode.schedule import FixedBlocks
+from ..decode.values import number
 from ..errors import SettingError
+from ..likelihood import log_likelihood
+from ..likelihood.masks import check_samples
 from ..models.model import Model
 from . import _loop
 
@@ -53,11 +57,33 @@ def generate(
         rounded=True,
     )
     per_block = steps // blocks if blocks else 0
-    x, _ = _loop.run(
-        model, prompt, policy, steps=steps, gen_length=gen_length, block_length=block_length, mask_id=mask_id, cfg_scale=w if w > 0 else 0.0,  # the authors test w > 0
+    return _loop.prepare(
+        model, prompt, policy, gen_length=gen_length, mask_id=mask_id, schedule=FixedBlocks(block_length), steps=steps,
+        cfg_scale=w if w > 0 else 0.0,  # the authors test w > 0
         attention_mask=attention_mask, min_steps=lambda row: per_block,
-    )  # fmt: skip
-    return x
+    ).run()[0]  # fmt: skip
+
+
+def get_log_likelihood(
+    model: torch.nn.Module,
+    prompt: torch.Tensor,
+    answer: torch.Tensor,
+    mc_num: int = 128,
+    batch_size: int = 16,
+    cfg_scale: float = 0.0,
+    mask_id: int = 126336,
+) -> float:
+    """Monte-Carlo estimate of log p(answer | prompt) in nats: `unmask.likelihood.log_likelihood` with the authors' arguments.
+
+    model: a model from `unmask.load`, or any module that returns logits [B, L, V] (or an object with `.logits`). prompt, answer: int64 [P]
+    and [L']. mc_num: samples, a multiple of batch_size. Differences: equal masks are scored once, cross-entropies are in float32, and the
+    masks come from a counter-based generator seeded from torch's default one. Raises SettingError (a ValueError) for bad arguments.
+    """
+    check_samples("mc_num", mc_num, batch_size)
+    w = number("cfg_scale", cfg_scale, -1e30, 1e30)
+    seed = int(torch.randint(0, 2**62, ()))
+    w = w if w > 0 else 0.0  # the authors test w > 0
+    return log_likelihood(model, prompt, answer, samples=mc_num, batch_size=batch_size, cfg_scale=w, seed=seed, mask_id=mask_id).value
 
 
 def _end_ids(model: torch.nn.Module) -> tuple[int, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,7 +15,12 @@ from ..models.model import Model
 from ..ops import LogitStats
 from ..ops.head_stats import head_stats
 from ..ops.linear import pad_rows
+from .guided import GuidedLogits
+from .shadow import ShadowForward, pack_shadow
 from .state import DecodeState
+
+if TYPE_CHECKING:
+    from .soft import SoftState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +29,11 @@ class Plan:
 
     flat: int64 [T0] indices of the forwarded positions in the flattened canvas, row after row. candidates: entry e = e-th active row;
     cand_entry, cand_row, cand_pos, cand_flat: int64 [N] (entry, canvas row, position, index in the flattened canvas) of each position of
-    each row's block; cand_query: int64 [N], its index among the forwarded tokens. cu: int64 [B+1], row: int64 [B].
+    each row's block; cand_query: int64 [N], the forwarded token whose output predicts it: its own, or with shifted logits the one before
+    (its own where that one is not forwarded). cu: int64 [B+1], row: int64 [B].
     """
 
-    entries: tuple[tuple[int, int, int, int, int], ...]  # (row, window start, window end, block start, block end)
+    entries: tuple[tuple[int, int, int, int, int], ...]  # (row, window start, window end, first candidate, end of candidates)
     flat: torch.Tensor
     token_row: torch.Tensor
     token_pos: torch.Tensor
@@ -39,7 +47,7 @@ class Plan:
     cand_query: torch.Tensor
 
 
-def make_plan(state: DecodeState, entries: tuple[tuple[int, int, int, int, int], ...]) -> Plan:
+def make_plan(state: DecodeState, entries: tuple[tuple[int, int, int, int, int], ...], shifted: bool = False) -> Plan:
     length = state.canvas.shape[1]
     device = state.canvas.device
 
@@ -50,10 +58,10 @@ def make_plan(state: DecodeState, entries: tuple[tuple[int, int, int, int, int],
         return torch.tensor([0, *sizes]).cumsum(0).to(device)
 
     windows = [torch.arange(s, e) for _, s, e, _, _ in entries]
-    blocks = [torch.arange(bs, be) for _, _, _, bs, be in entries]
+    blocks = [torch.arange(cs, ce) for _, _, _, cs, ce in entries]
     cu_q = prefix([w.numel() for w in windows])
     rows = [r for r, *_ in entries]
-    query = [b - s + int(first) for b, (_, s, *_), first in zip(blocks, entries, cu_q[:-1].tolist(), strict=True)]
+    query = [(b - int(shifted)).clamp_min(s) - s + int(first) for b, (_, s, *_), first in zip(blocks, entries, cu_q[:-1].tolist(), strict=True)]
     return Plan(
         entries=entries,
         flat=cat([w + r * length for r, w in zip(rows, windows, strict=True)]),
@@ -70,81 +78,240 @@ def make_plan(state: DecodeState, entries: tuple[tuple[int, int, int, int, int],
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: logits u + weight (c - u), with u from a null input.
+
+    weight: LLaDA's scale w is weight w + 1 (off at w = 0), Dream's evaluation code's is w itself (off at w = 1). negative: per row the ids
+    that stand in the null input in place of everything before the row's first undecided position; None: every given token is masked there.
+    """
+
+    weight: float
+    negative: Sequence[Sequence[int]] | None = None
+
+
+class Kept:
+    """Logits of candidates that a rule reads again at the next step. logits: [M, V]; rows: int64 [N], row of each candidate, -1 = none."""
+
+    def __init__(self, logits: torch.Tensor, rows: torch.Tensor):
+        self.logits, self.rows = logits, rows
+
+
 class NativeBackend:
     """A `Model`: one packed forward per step; classifier-free guidance doubles its entries, not its forwards.
 
-    Guidance combines hidden states, not logits: the head is linear, so head(u + (w + 1)(c - u)) = u' + (w + 1)(c' - u') (LLaDA's rule)
-    with half the head's work and no [rows, V] tensor.
+    Guidance combines hidden states, not logits: the head is linear, so head(u + w (c - u)) = u' + w (c' - u') with half the head's work and
+    no [rows, V] tensor.
     """
 
-    def __init__(self, model: Model, state: DecodeState, mask_id: int, cfg_scale: float = 0.0):
-        self.model, self.state, self.mask_id, self.cfg_scale = model, state, mask_id, cfg_scale
+    def __init__(
+        self, model: Model, state: DecodeState, mask_id: int, guidance: Guidance | None = None, extra_slots: int = 0,
+        soft: SoftState | None = None,
+    ):  # fmt: skip
+        self.model, self.state, self.mask_id, self.guidance, self.soft = model, state, mask_id, guidance, soft
         b, length = state.canvas.shape
-        self.cache = model.new_cache(b * (2 if cfg_scale else 1), length)
+        longest = length
+        if guidance is not None and guidance.negative is not None:
+            spans = [len(n) + r.end - r.start for n, r in zip(guidance.negative, state.rows, strict=True)]
+            longest = max(length, *spans, 0) if spans else length
+        self.cache = model.new_cache(b * (2 if guidance else 1), longest + extra_slots)
         self.forbid = torch.tensor([mask_id], device=state.canvas.device)
+        self.shifted = model.config.shifted
+        self.keep_logits = False
+        self.kept: Kept | None = None
         self._plan: Plan | None = None
         self._forward: Forward | None = None
+        self._null: _NullEntries | None = None
+        self._shadow: ShadowForward | None = None
 
     @property
     def logits_dtype(self) -> torch.dtype:
         return self.model.dtype
 
-    def stats(self, plan: Plan, live: torch.Tensor, **options) -> LogitStats:
-        """Runs the forward of `plan` and reduces the logits of its live candidates. live: bool [N]. options: of `head_stats`."""
+    def stats(self, plan: Plan, live: torch.Tensor, shadow: bool = False, **options) -> LogitStats:
+        """Runs the forward of `plan` and reduces the logits of its live candidates. live: bool [N]. options: of `reduce`. shadow: candidates
+        that are decided are read from a shadow block that does not see them (WINO)."""
         if plan is not self._plan:
-            self._plan, self._forward = plan, self._packed(plan)
+            self._plan = plan
+            self._shadow = pack_shadow(self.state, plan, self.mask_id, self.shifted) if shadow else None
+            self._forward = self._shadow.forward if self._shadow else self._packed(plan)
         forward = self._forward
         assert forward is not None
         n = plan.flat.shape[0]
         flat_ids = self.state.canvas.view(-1).index_select(0, plan.flat)
-        forward.ids[:n] = flat_ids
-        if self.cfg_scale:
-            given = self.state.given.view(-1).index_select(0, plan.flat)
-            forward.ids[n : 2 * n] = torch.where(given, self.mask_id, flat_ids)
+        if self._shadow is not None:
+            forward.ids[self._shadow.real] = flat_ids
+        else:
+            forward.ids[:n] = flat_ids
+        if self._null is not None:
+            self._null.fill(forward.ids, n, self.state, flat_ids, plan, self.mask_id)
+        if self.soft is not None:
+            forward = self.soft.mixed(forward, plan, None if self._shadow is None else self._shadow.real)
         self.hidden = self.model(forward, self.cache)
         return self.reduce(plan, live, **options)
 
-    def reduce(self, plan: Plan, live: torch.Tensor, **options) -> LogitStats:
-        """The reduction alone, over the hidden states of the last forward."""
-        if not self.cfg_scale:
-            rows = torch.where(live, plan.cand_query, -1)
-            return head_stats(self.hidden, self.model.head, rows, forbid=self.forbid, **options)
+    def reduce(self, plan: Plan, live: torch.Tensor, filters: dict[str, Any] | None = None, **options) -> LogitStats:
+        """The reduction alone, over the hidden states of the last forward. filters: top_p, top_k, top_k_first; None = the clean softmax."""
+        hidden, query = self._candidates(plan)
+        rows = torch.where(live, query, -1)
+        if self.keep_logits:
+            self.kept = self._keep(hidden, rows)
+            return reduce_logits(self.kept.logits, self.kept.rows, self.forbid, filters, options)
+        head = self.model.head
+        if filters is None:
+            return head_stats(hidden, head, rows, forbid=self.forbid, **options)
+        from ..ops.head_stats import head_filtered_stats
+
+        own, more = _split(options)
+        stats = head_filtered_stats(hidden, head, rows, forbid=self.forbid, **filters, **own)
+        return _joined(stats, head_stats(hidden, head, rows, forbid=self.forbid, **more)) if more else stats
+
+    def _candidates(self, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states, and for each candidate the one that predicts it."""
+        if self._shadow is not None:
+            masked = self.state.masked.view(-1).index_select(0, plan.cand_flat)
+            return self.hidden, self._shadow.query(plan, masked)
+        if self.guidance is None:
+            return self.hidden, plan.cand_query
+        assert self._null is not None
         c = self.hidden.index_select(0, plan.cand_query).float()
-        u = self.hidden.index_select(0, plan.cand_query + plan.flat.shape[0]).float()
-        guided = (u + (self.cfg_scale + 1.0) * (c - u)).to(self.hidden.dtype)
-        rows = torch.where(live, torch.arange(live.shape[0], device=live.device), -1)
-        return head_stats(guided, self.model.head, rows, forbid=self.forbid, **options)
+        u = self.hidden.index_select(0, self._null.query(plan)).float()
+        guided = (u + self.guidance.weight * (c - u)).to(self.hidden.dtype)
+        return guided, torch.arange(guided.shape[0], device=guided.device)
+
+    def _keep(self, hidden: torch.Tensor, rows: torch.Tensor) -> Kept:
+        """Logits of the rows asked for: on the CPU of those alone, on CUDA of all candidates, which needs no count on the host."""
+        if rows.device.type != "cpu":
+            return Kept(self.model.head.logits(hidden.index_select(0, rows.clamp_min(0))), torch.where(rows < 0, -1, torch.arange(rows.shape[0], device=rows.device)))
+        live = torch.nonzero(rows >= 0).flatten()
+        place = torch.full_like(rows, -1)
+        place[live] = torch.arange(live.shape[0])
+        return Kept(self.model.head.logits(hidden.index_select(0, rows[live])), place)
 
     def _packed(self, plan: Plan) -> Forward:
-        copies = 2 if self.cfg_scale else 1
         n, b = plan.flat.shape[0], self.state.canvas.shape[0]
-        total = pad_rows(copies * n)
         device = plan.flat.device
+        ends = torch.tensor([self.state.rows[r].end for r, *_ in plan.entries], device=device)
+        row, pos, cu_q, kv_row = [plan.token_row], [plan.token_pos], [plan.cu_q], [plan.row]
+        spans = [ends]
+        self._null = None
+        if self.guidance is not None:  # the null copy has its own cache rows, b further down
+            self._null = _NullEntries(self.state, plan, self.guidance, self.shifted)
+            row.append(self._null.token_row + b)
+            pos.append(self._null.token_pos)
+            cu_q.append(self._null.cu[1:] + n)
+            kv_row.append(plan.row + b)
+            spans.append(self._null.ends)
+        tokens = sum(r.shape[0] for r in row)
+        total = pad_rows(tokens)
+        row.append(torch.full((total - tokens,), -1, dtype=torch.int64, device=device))
+        pos.append(torch.zeros(total - tokens, dtype=torch.int64, device=device))
+        end = torch.cat(spans)
+        seg = torch.stack([torch.zeros_like(end), end], dim=1).unsqueeze(1)
+        position = torch.cat(pos)
         ids = torch.zeros(total, dtype=torch.int64, device=device)
-        row = torch.full((total,), -1, dtype=torch.int64, device=device)
-        pos = torch.zeros(total, dtype=torch.int64, device=device)
-        for i in range(copies):  # the unconditional copy has its own cache rows, b further down
-            row[i * n : (i + 1) * n] = plan.token_row + i * b
-            pos[i * n : (i + 1) * n] = plan.token_pos
-        cu_q = torch.cat([plan.cu_q, plan.cu_q[1:] + n]) if copies == 2 else plan.cu_q
-        kv_row = torch.cat([plan.row + i * b for i in range(copies)])
-        ends = torch.tensor([self.state.rows[r].end for r, *_ in plan.entries], device=device).repeat(copies)
-        seg = torch.stack([torch.zeros_like(ends), ends], dim=1).unsqueeze(1)
-        return Forward(ids, row, pos, pos, cu_q, kv_row, seg)
+        return Forward(ids, torch.cat(row), position, position, torch.cat(cu_q), torch.cat(kv_row), seg)
+
+
+class _NullEntries:
+    """The null input of guidance: the same windows with given tokens masked, or a negative prompt before each row's region (whole canvas).
+
+    token_row, token_pos: int64 [T1]; cu: int64 [B+1] from 0; ends: int64 [B], visible keys. Null tokens follow the T0 conditional ones.
+    """
+
+    def __init__(self, state: DecodeState, plan: Plan, guidance: Guidance, shifted: bool):
+        device = plan.flat.device
+        self.negative: torch.Tensor | None = None
+        self._shifted = shifted
+        if guidance.negative is None:
+            self.token_row, self.token_pos, self.cu = plan.token_row, plan.token_pos, plan.cu_q
+            self.ends = torch.tensor([state.rows[r].end for r, *_ in plan.entries], device=device)
+            return
+        rows = [state.rows[r] for r, *_ in plan.entries]
+        prompts = [list(guidance.negative[r.index]) for r in rows]
+        sizes = [len(p) + r.end - r.start for p, r in zip(prompts, rows, strict=True)]
+        self.cu = torch.tensor([0, *sizes]).cumsum(0).to(device)
+        self.ends = torch.tensor(sizes, device=device)
+        self.token_pos = torch.cat([torch.arange(s) for s in sizes]).to(device)
+        self.token_row = torch.cat([torch.full((s,), r.index) for s, r in zip(sizes, rows, strict=True)]).to(device)
+        length = state.canvas.shape[1]
+        # source of each null token: an index of the flattened canvas, or -1 - i for the i-th id of the negative prompts
+        self.negative = torch.tensor([t for p in prompts for t in p], dtype=torch.int64, device=device)
+        source, seen = [], 0
+        for p, r in zip(prompts, rows, strict=True):
+            source.append(-1 - torch.arange(seen, seen + len(p)))
+            source.append(torch.arange(r.start, r.end) + r.index * length)
+            seen += len(p)
+        self.source = torch.cat(source).to(device)
+        self._offset = torch.tensor([len(p) - r.start for p, r in zip(prompts, rows, strict=True)], device=device) + self.cu[:-1]
+
+    def query(self, plan: Plan) -> torch.Tensor:
+        """int64 [N]: the token of the whole forward that predicts each candidate of a plan with the same windows."""
+        n = plan.flat.shape[0]
+        if self.negative is None:
+            return plan.cand_query + n
+        first = self.cu.index_select(0, plan.cand_entry)
+        own = self._offset.index_select(0, plan.cand_entry) + plan.cand_pos
+        return torch.maximum(own - int(self._shifted), first) + n
+
+    def fill(self, ids: torch.Tensor, n: int, state: DecodeState, flat_ids: torch.Tensor, plan: Plan, mask_id: int) -> None:
+        """Writes the null tokens behind the n conditional ones."""
+        if self.negative is None:
+            given = state.given.view(-1).index_select(0, plan.flat)
+            ids[n : 2 * n] = torch.where(given, mask_id, flat_ids)
+            return
+        canvas = state.canvas.view(-1).index_select(0, self.source.clamp_min(0))
+        prompt = self.negative.index_select(0, (-1 - self.source).clamp_min(0)) if self.negative.numel() else canvas
+        ids[n : n + self.source.shape[0]] = torch.where(self.source >= 0, canvas, prompt)
+
+
+def reduce_logits(
+    logits: torch.Tensor | GuidedLogits, rows: torch.Tensor, forbid: torch.Tensor, filters: dict[str, Any] | None, options: dict[str, Any]
+) -> LogitStats:
+    """Statistics of materialised or guided logits [M, V] for rows [N]."""
+    if isinstance(logits, GuidedLogits):
+        if filters is None:
+            return logits.stats(rows, forbid=forbid, **options)
+        kept = _gathered(logits, rows)
+        logits, rows = kept.logits, kept.rows
+    if filters is None:
+        return ops.logit_stats(logits, rows, forbid=forbid, **options)
+    own, more = _split(options)
+    stats = ops.filtered_stats(logits, rows, forbid=forbid, **filters, **own)
+    return _joined(stats, ops.logit_stats(logits, rows, forbid=forbid, **more)) if more else stats
+
+
+def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what the filtered reduction takes, what a second, plain one must add: logits at ids and top-k)."""
+    extra = {n: v for n, v in options.items() if n in ("ids", "topk")}
+    shared = {n: v for n, v in options.items() if n in ("suppress", "bias_ids", "bias")}
+    return {n: v for n, v in options.items() if n not in extra}, shared | extra if extra else {}
+
+
+def _joined(stats: LogitStats, plain: LogitStats) -> LogitStats:
+    """The filtered statistics, with what only the plain reduction reports."""
+    ids = torch.cat([stats.ids[:, :1], plain.ids[:, 1:]], 1)
+    return LogitStats(ids, torch.cat([stats.stats, plain.values[:, stats.stats.shape[1] :]], 1), stats.status | plain.status)
 
 
 class ModuleBackend:
     """Any `nn.Module`: `module(ids)` returning logits [B, L, V], or an object with `.logits`. Whole canvases of equal length, no cache.
 
-    attention_mask: int or bool [B, L] or None, passed on as `attention_mask=` only when given.
+    attention_mask: int or bool [B, L] or None, passed on as `attention_mask=` only when given. shifted: logits at i predict position i + 1.
     """
 
     def __init__(
-        self, module: torch.nn.Module, state: DecodeState, mask_id: int, cfg_scale: float = 0.0, attention_mask: torch.Tensor | None = None
-    ):
-        self.module, self.state, self.mask_id, self.cfg_scale, self.attention_mask = module, state, mask_id, cfg_scale, attention_mask
+        self, module: torch.nn.Module, state: DecodeState, mask_id: int, guidance: Guidance | None = None,
+        attention_mask: torch.Tensor | None = None, shifted: bool = False,
+    ):  # fmt: skip
+        self.module, self.state, self.mask_id, self.guidance, self.attention_mask = module, state, mask_id, guidance, attention_mask
+        if guidance is not None and guidance.negative is not None:
+            raise SettingError("negative_prompt needs a model from unmask.load: a module's rows must be equally long")
         self.forbid = torch.tensor([mask_id], device=state.canvas.device)
         self.vocab = -1
+        self.shifted = shifted
+        self.keep_logits = False
+        self.kept: Kept | None = None
 
     @property
     def logits_dtype(self) -> torch.dtype:
@@ -155,34 +322,57 @@ class ModuleBackend:
             if ids is not None and bool((ids >= self.vocab).any()):
                 raise SettingError(f"{name} must be below the module's vocabulary size {self.vocab}, got {int(ids.max())}")
 
-    def stats(self, plan: Plan, live: torch.Tensor, **options) -> LogitStats:
+    def stats(self, plan: Plan, live: torch.Tensor, shadow: bool = False, **options) -> LogitStats:
         """Runs the module on the canvases of the active rows and reduces the logits of the live candidates."""
-        x = self.state.canvas.index_select(0, plan.row)
-        if self.cfg_scale:
-            x = torch.cat([x, torch.where(self.state.given.index_select(0, plan.row), self.mask_id, x)])
-        kwargs = {}
-        if self.attention_mask is not None:
-            mask = self.attention_mask.index_select(0, plan.row)
-            kwargs["attention_mask"] = torch.cat([mask, mask]) if self.cfg_scale else mask
-        logits = _logits_of(self.module(x, **kwargs), type(self.module).__name__)
-        if self.cfg_scale:
-            c, u = logits.chunk(2)
-            logits = u + (self.cfg_scale + 1.0) * (c - u)
-        if logits.dim() != 3 or logits.shape[:2] != (plan.row.shape[0], self.state.canvas.shape[1]):
-            raise SettingError(
-                f"the module must return logits [B, L, V] = [{plan.row.shape[0]}, {self.state.canvas.shape[1]}, any], got {list(logits.shape)}"
-            )
-        if self.vocab != logits.shape[2]:  # once: what the module's vocabulary is shows in its first logits only
-            self.vocab = logits.shape[2]
-            self._check_ids(options.get("suppress"))
-        self.logits = logits
+        assert not shadow, "checked before the run: a shadow block needs a model from unmask.load"
+        self.logits = self._call(plan.row, self.state.canvas.shape[1])
+        self._check_vocabulary(options.get("suppress"))
         return self.reduce(plan, live, **options)
 
-    def reduce(self, plan: Plan, live: torch.Tensor, **options) -> LogitStats:
+    def _call(self, rows: torch.Tensor, length: int) -> torch.Tensor | GuidedLogits:
+        """Logits [B, length, V] of the first `length` positions of these rows (int64 [B]), guided if asked for."""
+        x = self.state.canvas.index_select(0, rows)[:, :length]
+        if self.guidance:
+            x = torch.cat([x, torch.where(self.state.given.index_select(0, rows)[:, :length], self.mask_id, x)])
+        kwargs = {}
+        if self.attention_mask is not None:
+            mask = self.attention_mask.index_select(0, rows)[:, :length]
+            kwargs["attention_mask"] = torch.cat([mask, mask]) if self.guidance else mask
+        logits = _logits_of(self.module(x, **kwargs), type(self.module).__name__)
+        if self.guidance:
+            logits = GuidedLogits(*logits.chunk(2), self.guidance.weight)
+        if logits.dim() != 3 or logits.shape[:2] != (rows.shape[0], length):
+            raise SettingError(f"the module must return logits [B, L, V] = [{rows.shape[0]}, {length}, any], got {list(logits.shape)}")
+        return logits
+
+    def _check_vocabulary(self, suppress: torch.Tensor | None) -> None:
+        """Once: what the module's vocabulary is shows in its first logits only."""
+        if self.vocab != self.logits.shape[-1]:
+            self.vocab = self.logits.shape[-1]
+            self._check_ids(suppress)
+
+    def reduce(self, plan: Plan, live: torch.Tensor, filters: dict[str, Any] | None = None, **options) -> LogitStats:
         """The reduction alone, over the logits of the last forward."""
-        length = self.state.canvas.shape[1]
-        rows = torch.where(live, plan.cand_entry * length + plan.cand_pos, -1)
-        return ops.logit_stats(self.logits.reshape(-1, self.logits.shape[-1]), rows, forbid=self.forbid, **options)
+        rows = torch.where(live, self._query(plan), -1)
+        flat = self.logits.reshape(-1, self.logits.shape[-1])
+        if self.keep_logits:
+            self.kept = _gathered(flat, rows)
+            return reduce_logits(self.kept.logits, self.kept.rows, self.forbid, filters, options)
+        return reduce_logits(flat, rows, self.forbid, filters, options)
+
+    def _query(self, plan: Plan) -> torch.Tensor:
+        """int64 [N]: the row of the flattened logits that predicts each candidate."""
+        return plan.cand_entry * self.state.canvas.shape[1] + (plan.cand_pos - int(self.shifted)).clamp_min(0)
+
+
+def _gathered(logits: torch.Tensor | GuidedLogits, rows: torch.Tensor) -> Kept:
+    """A copy of the rows asked for (all candidates on CUDA, where they are not counted on the host)."""
+    if rows.device.type != "cpu":
+        return Kept(logits.index_select(0, rows.clamp_min(0)), torch.where(rows < 0, -1, torch.arange(rows.shape[0], device=rows.device)))
+    live = torch.nonzero(rows >= 0).flatten()
+    place = torch.full_like(rows, -1)
+    place[live] = torch.arange(live.shape[0])
+    return Kept(logits.index_select(0, rows[live]), place)
 
 
 def _logits_of(out: object, module: str) -> torch.Tensor:

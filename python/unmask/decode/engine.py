@@ -1,4 +1,4 @@
-"""The denoising loop: plan, forward, reduce, commit, advance. One forward per step for the whole batch."""
+"""The denoising loop: plan, forward, reduce, score, commit, revise, advance. One forward per step for the whole batch."""
 
 from __future__ import annotations
 
@@ -10,27 +10,36 @@ from typing import Protocol
 import torch
 
 from .. import ops
-from ..errors import InvalidLogits, SettingError
+from ..errors import SettingError
 from ..ops import LogitStats
-from ..ops.info import Status
 from .backend import Plan, make_plan
 from .cache import window
+from .invalid import report_invalid
 from .policy import Policy
+from .rules.base import Run, Selection, StepView
+from .scores import Score
 from .state import DecodeState, Row
 
 
 class Backend(Protocol):
     """What the loop needs of a model. live: bool [N], the candidates whose statistics are wanted."""
 
+    shifted: bool
+    keep_logits: bool
+
     @property
     def logits_dtype(self) -> torch.dtype: ...
-    def stats(self, plan: Plan, live: torch.Tensor, **options) -> LogitStats: ...
+    def stats(self, plan: Plan, live: torch.Tensor, shadow: bool = False, **options) -> LogitStats: ...
     def reduce(self, plan: Plan, live: torch.Tensor, **options) -> LogitStats: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Commit:
-    """What one forward settled in one row, in order of (score desc, position asc). nfe: forwards of this row so far, with this one."""
+    """What one forward settled in one row, in order of (score desc, position asc). nfe: forwards of this row so far, with this one.
+
+    edited: (position, old id, new id, score) of decided tokens that were replaced. remasked: (position, old id) of decided tokens that
+    returned to masks. filled: the whole canvas with every undecided position's prediction, before the commit, if asked for.
+    """
 
     row: int
     block: int
@@ -40,6 +49,9 @@ class Commit:
     ids: list[int]
     scores: list[float]
     masks_left: int
+    edited: list[tuple[int, int, int, float]] = dataclasses.field(default_factory=list)
+    remasked: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    filled: list[int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +68,13 @@ class Engine:
     """Runs a DecodeState to its end.
 
     cache: none | prefix | dual. eos_ids: ids that end a row once every position before them is decided; empty = never.
-    min_steps: forwards that a block takes at least (the authors' loops run some that commit nothing). on_invalid: raise | skip.
-    settled: called after a step with a row whose decided prefix may have grown; returns a finish reason or None (stop strings).
+    eos_at_block_end: only when the row's block is done.
+    min_steps: forwards that a block takes at least (the authors' loops run some that commit nothing); max_steps: forwards after which a
+    block ends even with masks left (None: no limit). on_invalid: raise | skip. settled: called after a step with a row whose decided
+    prefix may have grown; returns a finish reason or None (stop strings). after_commit: called once the step's tokens are written (templates
+    settle their fields there). predictions: records hold the canvas filled with every prediction. shifted_window: how a cached window takes
+    account of shifted logits: "extended" begins one position earlier, so that every candidate is predicted by the right token; "block"
+    does not, and its first position predicts itself (Fast-dLLM's Dream); "moved" begins and ends one earlier (d2Cache).
     """
 
     state: DecodeState
@@ -65,20 +82,36 @@ class Engine:
     policy: Policy
     cache: str = "none"
     eos_ids: tuple[int, ...] = ()
+    eos_at_block_end: bool = False
     min_steps: Callable[[Row], int] = lambda row: 0
+    max_steps: Callable[[Row], int | None] = lambda row: None
     on_invalid: str = "raise"
     settled: Callable[[Row], str | None] | None = None
+    after_commit: Callable[[StepView], None] | None = None
     record: bool = False
+    predictions: bool = False
+    shifted_window: str = "extended"
 
     def __post_init__(self):
         if self.on_invalid not in ("raise", "skip"):
             raise SettingError(f"on_invalid must be 'raise' or 'skip', got {self.on_invalid!r}")
         device = self.state.canvas.device
+        policy = self.policy
         self._eos = torch.tensor(self.eos_ids, dtype=torch.int64, device=device) if self.eos_ids else None
-        self._suppress = torch.tensor(self.policy.suppress, dtype=torch.int64, device=device) if self.policy.suppress else None
-        drops = self.policy.confidence_drops
-        self._drops = torch.tensor([*drops, *self.policy.suppress], dtype=torch.int64, device=device) if drops else None
-        self._plan: Plan | None = None
+        self._suppress = torch.tensor(policy.suppress, dtype=torch.int64, device=device) if policy.suppress else None
+        drops = policy.confidence_drops
+        self._drops = torch.tensor([*drops, *policy.suppress], dtype=torch.int64, device=device) if drops else None
+        self._filters = policy.filters
+        run = Run(policy, self.state, int(self.backend.mask_id), self.backend)
+        self.rule = policy.lower(run)
+        self.backend.keep_logits = self.rule.wants_logits
+        self._score = Score(run)
+        self._soft = getattr(self.backend, "soft", None)
+        moved = self.shifted_window == "moved" or policy.knobs.get("variant") == "d2cache"
+        self._lag = 1 if self.backend.shifted and (moved or self.shifted_window == "extended") else 0
+        self._cut = 1 if self.backend.shifted and moved else 0
+        self._plans: dict[tuple, Plan] = {}
+        self.filled = self.state.canvas.clone() if self.predictions else None
 
     def run(self) -> Iterator[StepRecord]:
         """Yields after every forward until no row is active."""
@@ -89,119 +122,241 @@ class Engine:
             yield StepRecord(forward, time.perf_counter() - began, commits)
             forward += 1
 
+    def _plan(self, rows: list[Row], candidates: Callable[[Row], tuple[int, int]]) -> Plan:
+        """The plan of a step; rows mostly stay in the same windows, so the last few are kept."""
+        entries = []
+        for r in rows:
+            start, end = window(self.cache, r.step == 0, r.block_start, r.block_end, r.end)
+            if start:
+                start, end = start - self._lag, end - self._cut
+            first, last = candidates(r)
+            entries.append((r.index, start, end, first, min(last, end + self._cut)))
+        key = tuple(entries)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= 4:
+                self._plans.clear()
+            plan = self._plans[key] = make_plan(self.state, key, self.backend.shifted)
+        return plan
+
     @torch.inference_mode()
     def _step(self, rows: list[Row]) -> list[Commit]:
-        state, policy = self.state, self.policy
-        entries = tuple(
-            (r.index, *window(self.cache, r.step == 0, r.block_start, r.block_end, r.end), r.block_start, r.block_end) for r in rows
-        )
-        if self._plan is None or self._plan.entries != entries:
-            self._plan = make_plan(state, entries)
-        plan = self._plan
-
-        live = state.masked.view(-1).index_select(0, plan.cand_flat)
-        key = self._key(plan, rows)
-        noise = dict(temperature=policy.temperature, **key) if policy.temperature > 0 else {}
-        stats = self.backend.stats(plan, live, suppress=self._suppress, **noise)
-        eligible = self._check(stats, plan, rows)
+        state, policy, rule = self.state, self.policy, self.rule
+        opening = [state.schedule.adaptive and r.step == 0 for r in rows]
+        if any(opening):
+            looks = dict(zip((r.index for r in rows), opening, strict=True))
+            plan = self._plan(rows, lambda r: self._wide(r) if looks[r.index] else rule.candidates(r))
+        else:
+            plan = self._plan(rows, rule.candidates)
+        step = StepView(state, rows, plan, policy.sampled)
+        live = rule.wanted(step)
+        shared = dict(suppress=self._suppress, filters=self._filters, **rule.options(step))
+        if self._soft is not None:
+            shared |= self._soft.options()
+        noise = dict(temperature=policy.temperature, **step.key) if policy.temperature > 0 else {}
+        shadow = dict(shadow=True) if getattr(rule, "shadow", False) else {}
+        stats = self.backend.stats(plan, live, **shadow, **shared, **noise)
+        if policy.repetition_penalty != 1.0:
+            stats = self.backend.reduce(plan, live, **self._penalised(step, stats, live, shared), **noise)
+        invalid = self._invalid(step, stats)
+        if self.filled is not None:
+            self._fill(step, stats)
+        if any(opening):
+            if bool(invalid.any()):  # an adaptive schedule reads the device here anyway
+                self._report(step, stats, invalid.tolist())
+            step, stats, plan, live = self._settle(step, stats, opening, live)
+        entropy = stats.entropy
+        if self._soft is not None and self._filters is not None:  # soft masks weigh by the whole distribution, whatever tokens are drawn from
+            entropy = self.backend.reduce(plan, live, suppress=self._suppress).entropy
         if self._drops is not None:
             # the probability of the chosen token once the dropped ids are gone: 0 for a dropped id itself
             clean = self.backend.reduce(plan, live, suppress=self._drops, ids=stats.token.unsqueeze(1))
             log_p = clean.at_ids[:, 0, 0]
             stats.p.copy_(log_p.exp())
             stats.p_rest.copy_(-torch.expm1(log_p))
-        score = policy.scores(stats, self.backend.logits_dtype, **key)
+        stats = rule.scored(step, stats)
+        step.stats = stats
+        score = self._score(step, stats, self.backend.logits_dtype)
+        selection = rule.select(step, stats, score)
+        if policy.forced_first:
+            selection = _forced_first(step, selection)
+        valid = ~step.spread(invalid)
+        eligible = valid if selection.eligible is None else selection.eligible & valid
+        if selection.editable is not None:
+            selection.editable = selection.editable & valid
+        before = step.masked, step.canvas  # what the candidates held, read before the write
         result = ops.commit(
-            state.canvas, state.masked, plan.cu, plan.row, plan.cand_pos, stats.token, score,
-            rule=policy.rule_id, params=policy.params, eligible=eligible, quota=self._quota(rows), threshold=self._threshold(rows),
+            state.canvas, state.masked, plan.cu, plan.row, plan.cand_pos, stats.token, selection.score,
+            rule=selection.rule, params=selection.params, cost=selection.cost, eligible=eligible, editable=selection.editable,
+            quota=selection.quota, threshold=selection.threshold,
         )  # fmt: skip
-        return self._advance(plan, rows, stats, score, result)
+        remasked = rule.after(step, stats, selection, result.committed)
+        if remasked is not None:
+            remasked = remasked & valid
+            _remask(state, step, remasked, self.backend.mask_id)
+        if self.after_commit is not None:
+            self.after_commit(step)
+        if self._soft is not None:
+            self._soft.note(step, stats, entropy)
+        return self._advance(step, stats, selection, result, remasked, before, invalid)
 
-    def _key(self, plan: Plan, rows: list[Row]) -> dict[str, torch.Tensor]:
-        """Randomness is keyed by the row's own seed, its forward count and the position: never by the batch."""
-        if self.policy.temperature <= 0 and self.policy.score != "random":
-            return dict(seed=plan.cand_row, step=plan.cand_row, pos=plan.cand_pos)  # not read
-        step = torch.tensor([r.nfe for r in rows], dtype=torch.int64, device=plan.cu.device)
-        return dict(
-            seed=self.state.seeds.index_select(0, plan.cand_row), step=step.index_select(0, plan.cand_entry), pos=plan.cand_pos
-        )
+    def _wide(self, row: Row) -> tuple[int, int]:
+        """Candidates of a row whose schedule is about to decide where its block ends."""
+        first, last = self.rule.candidates(row)
+        return first, max(self.state.schedule.look(row), last)
 
-    def _quota(self, rows: list[Row]) -> torch.Tensor | None:
-        if self.policy.rule != "quota":
-            return None
-        quota = [r.quotas[r.step] if r.step < len(r.quotas) else 0 for r in rows]
-        return torch.tensor(quota, dtype=torch.int64, device=self.state.canvas.device)
+    def _settle(self, step: StepView, stats: LogitStats, opening: list[bool], live: torch.Tensor):
+        """An adaptive schedule decides where blocks end; what lies behind them is no candidate of this step."""
+        state, rows = self.state, step.rows
+        plain = state.schedule.plain and (self.policy.temperature > 0 or self._filters is not None)
+        ends = state.schedule.settle(step, self.backend.reduce(step.plan, live, suppress=self._suppress) if plain else stats, opening)
+        for row, end, opens in zip(rows, ends, opening, strict=True):
+            if opens:
+                state.settle_block(row, end)
+        entries, kept, begin = [], [], 0
+        for (*where, first, last), row, opens in zip(step.plan.entries, rows, opening, strict=True):
+            end = min(self.rule.candidates(row)[1], last) if opens else last
+            entries.append((*where, first, end))
+            kept.append(torch.arange(begin, begin + end - first))
+            begin += last - first
+        keep = torch.cat(kept).to(step.device)
+        plan = make_plan(state, tuple(entries), self.backend.shifted)
+        stats = LogitStats(*(t.index_select(0, keep) for t in stats))
+        return StepView(state, rows, plan, self.policy.sampled), stats, plan, live.index_select(0, keep)
 
-    def _threshold(self, rows: list[Row]) -> torch.Tensor | None:
-        if self.policy.rule != "threshold":
-            return None
-        return torch.full((len(rows),), float(self.policy.threshold), dtype=torch.float64, device=self.state.canvas.device)
+    def _penalised(self, step: StepView, stats: LogitStats, live: torch.Tensor, shared: dict) -> dict:
+        """Arguments of a second reduction with the repetition penalty as a bias on the ids that each row holds (CTRL, arXiv 1909.05858)."""
+        state, penalty = self.state, self.policy.repetition_penalty
+        held = state.canvas.masked_fill(state.masked, -1)
+        length = torch.tensor([r.end for r in state.rows], device=held.device)
+        held = held.masked_fill(torch.arange(held.shape[1], device=held.device) >= length[:, None], -1)
+        held = held.sort(1).values
+        held[:, 1:] = torch.where(held[:, 1:] == held[:, :-1], -1, held[:, 1:])  # each id once
+        ids = held.index_select(0, step.plan.cand_row)
+        # a decided token is not a repetition of itself: its own position does not count
+        others = self._holders(step) - (~step.masked).long()
+        ids = torch.where((ids == step.canvas[:, None]) & (others == 0)[:, None], -1, ids)
+        raw = {k: v for k, v in shared.items() if k not in ("filters", "ids", "topk")}
+        logit = self.backend.reduce(step.plan, live, **raw, ids=ids).at_ids[:, :, 1]
+        finite = logit.isfinite() & (ids >= 0)
+        bias = torch.where(finite, torch.where(logit > 0, logit / penalty, logit * penalty) - logit, 0.0)
+        if "bias_ids" in shared:
+            ids, bias = torch.cat([shared["bias_ids"], ids], 1), torch.cat([shared["bias"], bias], 1)
+        return shared | dict(bias_ids=ids.contiguous(), bias=bias.contiguous())
 
-    def _check(self, stats: LogitStats, plan: Plan, rows: list[Row]) -> torch.Tensor | None:
-        """Invalid logits: raise, or end their rows and return which candidates may still commit."""
-        if not bool(stats.status.any()):
-            return None
-        bad = torch.nonzero(stats.status).flatten()
-        if self.on_invalid == "raise":
-            i = int(bad[0])
-            row = rows[int(plan.cand_entry[i])]
-            raise InvalidLogits(
-                f"row {row.index}, step {row.nfe}, position {int(plan.cand_pos[i])}: {Status(int(stats.status[i])).describe()}; "
-                "on_invalid='skip' ends such rows and goes on with the others"
-            )
-        ended = plan.cand_entry[bad].unique()
-        for entry in ended.tolist():
-            rows[entry].finish_reason = "invalid"
-        return state_eligible(self.state, plan) & ~torch.isin(plan.cand_entry, ended)
+    def _holders(self, step: StepView) -> torch.Tensor:
+        """int64 [N]: at how many decided positions of its row each candidate's token stands."""
+        state = self.state
+        position = torch.arange(state.canvas.shape[1], device=step.device)
+        end = step.per_entry([r.end for r in step.rows])
+        decided = ~state.masked.index_select(0, step.plan.row) & (position < end[:, None])
+        row = torch.where(decided, state.canvas.index_select(0, step.plan.row), -1)
+        return (row.index_select(0, step.entry) == step.canvas[:, None]).sum(1)
 
-    def _advance(self, plan: Plan, rows: list[Row], stats: LogitStats, score: torch.Tensor, result: ops.CommitResult) -> list[Commit]:
-        left = result.left.tolist()
-        commits = self._records(plan, rows, stats, score, result, left) if self.record else []
-        ended = self._eos_reached(plan) if self._eos is not None else None
+    def _invalid(self, step: StepView, stats: LogitStats) -> torch.Tensor:
+        """bool [B]: rows with invalid logits. They commit nothing at this step; the host learns of them when it reads the step's flags."""
+        return step.count(stats.status != 0) > 0
+
+    def _report(self, step: StepView, stats: LogitStats, invalid: list[int]) -> None:
+        """Invalid logits: raise, or end their rows."""
+        report_invalid(step, stats, invalid, self.on_invalid)
+
+    def _advance(
+        self, step: StepView, stats: LogitStats, selection: Selection, result: ops.CommitResult, remasked: torch.Tensor | None, before,
+        invalid: torch.Tensor,
+    ) -> list[Commit]:  # fmt: skip
+        """Reads the step's flags, once for all of them, and moves the rows."""
+        rule, rows = self.rule, step.rows
+        inside = step.inside if rule.scope == "canvas" else None
+        left_now = result.left
+        if remasked is not None or inside is not None or self.after_commit is not None:
+            now = self.state.masked.view(-1).index_select(0, step.flat)
+            left_now = step.count(now if inside is None else now & inside)
+        nothing = torch.zeros_like(left_now)
+        flags = rule.flags(step)
+        ended = self._eos_reached(step.plan) if self._eos is not None else nothing
+        left, flag, over, bad = torch.stack([left_now, nothing if flags is None else flags, ended.long(), invalid.long()]).tolist()
+        self._report(step, stats, bad)
+        commits = self._records(step, stats, selection, result, remasked, left, before) if self.record else []
         for entry, row in enumerate(rows):
             row.nfe += 1
             row.step += 1
             if not row.active:
                 continue
-            if self.settled is not None and (reason := self.settled(row)):
+            limit = self.max_steps(row)
+            done = rule.finished(row, left[entry], flag[entry]) and row.step >= self.min_steps(row)
+            done = done or (limit is not None and row.step >= limit)
+            if self.settled is not None and (done or not rule.revises) and (reason := self.settled(row)):
                 row.finish_reason = reason  # a stop string stands before the EOS that came in the same step
-            elif ended is not None and ended[entry]:
+            elif over[entry] and (done or not (rule.revises or self.eos_at_block_end)):
                 row.finish_reason = "eos"
-            elif left[entry] == 0 and row.step >= self.min_steps(row):
+            elif done:
                 self.state.next_block(row)
         return commits
 
-    def _eos_reached(self, plan: Plan) -> list[bool]:
-        """Per entry: is there an end-of-sequence id that was decided, with every position before it decided too?"""
+    def _eos_reached(self, plan: Plan) -> torch.Tensor:
+        """bool [B]: is there an end-of-sequence id that was decided, with every position before it decided too?"""
         canvas, masked = self.state.canvas.index_select(0, plan.row), self.state.masked.index_select(0, plan.row)
         decided = ~self.state.given.index_select(0, plan.row)
-        length = canvas.shape[1]
         eos = torch.isin(canvas, self._eos) & decided & ~masked
+        length = canvas.shape[1]
         position = torch.arange(length, device=canvas.device)
-        first_eos = torch.where(eos, position, length).amin(1)
-        first_mask = torch.where(masked, position, length).amin(1)
-        return (first_eos < first_mask).tolist() if length else [False] * plan.row.shape[0]
+        return torch.where(eos, position, length).amin(1) < torch.where(masked, position, length).amin(1)
 
-    def _records(self, plan, rows, stats, score, result, left) -> list[Commit]:
+    def _fill(self, step: StepView, stats: LogitStats) -> None:
+        """Notes the prediction of every undecided position that this forward reached; the others keep their last one."""
+        assert self.filled is not None
+        self.filled = torch.where(self.state.masked, self.filled, self.state.canvas)
+        wide = self._plan(step.rows, lambda r: (r.block_start, r.end))
+        masked = self.state.masked.view(-1).index_select(0, wide.cand_flat)
+        policy, rest = self.policy, stats
+        if wide.entries != step.plan.entries or policy.temperature > 0 or policy.repetition_penalty != 1.0:
+            # the model's own best tokens, and the rule's logits of this step stay as they are
+            keep, self.backend.keep_logits = self.backend.keep_logits, False
+            rest = self.backend.reduce(wide, masked, suppress=self._suppress)
+            self.backend.keep_logits = keep
+        flat = self.filled.view(-1)
+        flat[wide.cand_flat] = torch.where(masked & (rest.token >= 0), rest.token, flat[wide.cand_flat])
+
+    def _records(self, step: StepView, stats, selection, result, remasked, left, before) -> list[Commit]:
         out = []
-        bounds = plan.cu.tolist()
-        for entry, row in enumerate(rows):
+        bounds = step.plan.cu.tolist()
+        score = selection.score
+        was_masked, old = before
+        for entry, row in enumerate(step.rows):
             span = slice(bounds[entry], bounds[entry + 1])
-            chosen = torch.nonzero(result.committed[span]).flatten()
-            triples = sorted(
-                zip(
-                    (-score[span][chosen]).tolist(), plan.cand_pos[span][chosen].tolist(), stats.token[span][chosen].tolist(), strict=True
-                )
-            )
+            committed, masked = result.committed[span], was_masked[span]
+            chosen = torch.nonzero(committed & masked).flatten()
+            pos, token = step.pos[span], stats.token[span]
+            triples = sorted(zip((-score[span][chosen]).tolist(), pos[chosen].tolist(), token[chosen].tolist(), strict=True))
+            edits = torch.nonzero(committed & ~masked).flatten()
+            edited = list(zip(pos[edits].tolist(), old[span][edits].tolist(), token[edits].tolist(), score[span][edits].tolist(), strict=True))
+            back: list[tuple[int, int]] = []
+            if remasked is not None:
+                gone = torch.nonzero(remasked[span]).flatten()
+                back = list(zip(pos[gone].tolist(), old[span][gone].tolist(), strict=True))
+            filled = self.filled[row.index, : row.end].tolist() if self.filled is not None else None
             out.append(
                 Commit(
                     row.index, row.block, row.step, row.nfe + 1, [p for _, p, _ in triples], [t for _, _, t in triples],
-                    [-s for s, _, _ in triples], left[entry],
+                    [-s for s, _, _ in triples], left[entry], edited, back, filled,
                 )  # fmt: skip
             )
         return out
 
 
-def state_eligible(state: DecodeState, plan: Plan) -> torch.Tensor:
-    """bool [N]: candidates that are still undecided."""
-    return state.masked.view(-1).index_select(0, plan.cand_flat)
+def _forced_first(step: StepView, selection: Selection) -> Selection:
+    """On a block's first step its first position alone commits, even where the rule takes none; on others the selection stands."""
+    opens = step.per_entry([r.step == 0 for r in step.rows], torch.bool)
+    chosen = torch.where(step.spread(opens), step.offset == 0, True if selection.eligible is None else selection.eligible)
+    quota = None if selection.quota is None else torch.where(opens, selection.quota.clamp_min(1), selection.quota)
+    return dataclasses.replace(selection, eligible=chosen, quota=quota)
+
+
+def _remask(state: DecodeState, step: StepView, chosen: torch.Tensor, mask_id: int) -> None:
+    """Decided candidates return to masks; given positions never do."""
+    chosen = chosen & ~step.given
+    canvas, masked = state.canvas.view(-1), state.masked.view(-1)
+    now = canvas.index_select(0, step.flat)
+    canvas.index_copy_(0, step.flat, torch.where(chosen, mask_id, now))
+    masked.index_copy_(0, step.flat, masked.index_select(0, step.flat) | chosen)

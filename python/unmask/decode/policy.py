@@ -1,141 +1,139 @@
-"""A policy is data: which score orders positions, which rule counts how many commit, and the options of both.
+"""A policy is data: which score orders positions, which rule says how many commit (decode/table.py), and how tokens are drawn.
 
-| policy | rule | source |
-|---|---|---|
-| quota | a fixed number of steps per block, n_k = N div S + (k < N mod S) | LLaDA, arXiv 2502.09992, generate.py |
-| threshold | every position with score >= threshold, at least one | Fast-dLLM, arXiv 2505.22618, algorithm 1 |
-| factor | largest n with (n + 1)(1 - score_(n)) < factor, at least one | Fast-dLLM, arXiv 2505.22618, theorem 1 |
-
-Scores: confidence (probability of the chosen token), margin (p1 - p2), entropy (negative, nats) and random (uniform), as in LLaDA and
-arXiv 2502.06768. Confidence is ordered and compared in float64. All scores come from the clean softmax: temperature and noise change the token, never the score.
+Confidence is ordered and compared in float64. Scores come from the clean softmax (temperature and noise change the token, never the score)
+unless `tempered`: then temperature, top-p and top-k shape the distribution that is scored too, as in Dream and SDAR.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
-import numbers
-import operator
-
-import torch
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError, check_names
-from ..ops import LogitStats, Rule, uniform
+from .table import KNOBS, NEGATIVE_SCORES, POLICIES, RULES, SCORES, UNIT_SCORES, RuleSpec, owners
+from .values import as_integer, integer, number, plain
 
-POLICIES = ("quota", "threshold", "factor")
-SCORES = ("confidence", "margin", "entropy", "random")
+if TYPE_CHECKING:
+    from .rules.base import Rule, Run
+
 MAX_TEMPERATURE = 1e30  # beyond it the noise would leave float32
+
+__all__ = ["KNOBS", "MAX_TEMPERATURE", "POLICIES", "SCORES", "Policy", "as_integer", "integer", "number", "plain", "quota_schedule"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Score + rule + options. Validates itself; lowered to arguments of `logit_stats` and `commit` by the engine.
+    """Score + rule + options. Validates itself; lowered to arguments of the ops by the rule's class.
 
-    rule: quota | threshold | factor. score: confidence | margin | entropy | random.
-    threshold: for rule threshold: in [0, 1] for confidence, margin and random; at most 0 (nats) for entropy.
-    factor: for rule factor, > 0. off_by_one: the authors' implementation of it, which commits the last candidate even when that alone
-    fails its bar.
-    temperature: Gumbel noise scale for the token choice, >= 0 (0 = argmax).
-    confidence_drops: ids whose probability is removed, after the token was chosen, before the score is read (LLaDA's
-    confidence_eos_eot_inf); a position that chose one of them scores 0.
+    rule: a name of decode.table.RULES. score: a name of decode.table.SCORES that the rule takes, or a function of a StepView returning
+    float [N] on the device (logic- or user-guided order); None = the rule's default. knobs: the rule's own options, by name.
+    position_bias: lambda >= 0; -lambda (i - s) is added to the score of the position i - s behind its block's start.
+    certainty_sigma: None, or the standard deviation in positions of the Gaussian share of decided neighbours that multiplies the score
+    (certainty prior, d2Cache, arXiv 2509.23094).
+    temperature: Gumbel noise scale for the token choice, >= 0 (0 = argmax). top_p, top_k: filters of the distribution (None = off);
+    top_k_first: SDAR's order instead of Dream's. They make the policy `tempered`.
+    repetition_penalty: > 0, 1 = off: logits of tokens that the row holds are divided by it where positive, multiplied where negative.
+    suppress: ids that are never chosen and take no probability. confidence_drops: ids whose probability is removed, after the token was
+    chosen, before the score is read (LLaDA's confidence_eos_eot_inf); a position that chose one of them scores 0.
     rounded: the confidence has the precision of the model's logits, as LLaDA's code computes it, instead of float64, as Fast-dLLM's does;
     positions that round to the same value are then taken in order.
+    forced_first: a block's first forward commits the block's first position, and nothing else, whatever its score (Fast-dLLM's Dream).
     strict: False lifts the range of `threshold` (the authors' loops take any number).
     """
 
     rule: str = "threshold"
-    score: str = "confidence"
-    threshold: float = 0.9
-    factor: float = 1.0
-    off_by_one: bool = False
+    score: str | Callable[..., Any] | None = None
+    knobs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    position_bias: float = 0.0
+    certainty_sigma: float | None = None
     temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    top_k_first: bool = False
+    tempered: bool = False
+    repetition_penalty: float = 1.0
     suppress: tuple[int, ...] = ()
     confidence_drops: tuple[int, ...] = ()
     rounded: bool = False
+    forced_first: bool = False
     strict: bool = True
 
     def __post_init__(self):
         check_names("policy", [self.rule], POLICIES)
-        check_names("score", [self.score], SCORES)
-        number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
+        spec = self.spec
+        score = spec.scores[0] if self.score is None else self.score
+        if isinstance(score, str) or not callable(score):
+            check_names("score", [score], SCORES if score in SCORES or not isinstance(score, str) else (*SCORES, *spec.scores))
+            if score not in spec.scores:
+                hint = " in [0, 1]" if spec.scores == UNIT_SCORES else ""
+                raise SettingError(f"policy={self.rule!r} needs a score{hint}: {', '.join(spec.scores)}; got score={score!r}")
+        object.__setattr__(self, "score", score)
+        if self.rule in ("dream", "plackett_luce"):  # their own code scores, or reports, the distribution that tokens are drawn from
+            object.__setattr__(self, "tempered", True)
+        check_knobs(self.rule, self.knobs)
+        knobs = spec.resolve(self.knobs)
         if self.rule == "threshold":
-            if not self.strict:
-                number("threshold", self.threshold, -math.inf, math.inf, finite=False)
-            elif self.score == "entropy":
-                number("threshold (for score='entropy', in nats)", self.threshold, -math.inf, 0.0)
-            else:
-                number("threshold", self.threshold, 0.0, 1.0)
-        if self.rule == "factor":
-            number("factor", self.factor, 0.0, math.inf, open_low=True)
-            if self.score == "entropy":
-                raise SettingError("policy='factor' needs a score in [0, 1]: confidence, margin or random; got score='entropy'")
+            knobs["threshold"] = self._threshold(knobs["threshold"])
+        object.__setattr__(self, "knobs", knobs)
+        number("position_bias", self.position_bias, 0.0, math.inf)
+        if self.certainty_sigma is not None:
+            number("certainty_sigma", self.certainty_sigma, 0.0, math.inf, open_low=True)
+            if score in NEGATIVE_SCORES or score == "dream":  # a larger share would lower it
+                raise SettingError(f"certainty_sigma multiplies the score, so it needs one that is not negative: confidence, margin, random or pc; got score={score!r}")
+        number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
+        if self.top_p is not None:
+            number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        if self.top_k is not None:
+            integer("top_k", self.top_k, 1)
+        number("repetition_penalty", self.repetition_penalty, 0.0, 1e6, open_low=True)
 
-    @property
-    def rule_id(self) -> int:
-        if self.rule == "factor":
-            return int(Rule.FACTOR_AUTHORS if self.off_by_one else Rule.FACTOR)
-        return int(Rule.QUOTA if self.rule == "quota" else Rule.THRESHOLD)
-
-    @property
-    def params(self) -> list[float]:
-        return [float(self.factor)] if self.rule == "factor" else []
-
-    def scores(
-        self, stats: LogitStats, logits_dtype: torch.dtype, seed: torch.Tensor, step: torch.Tensor, pos: torch.Tensor
-    ) -> torch.Tensor:
-        """float64 (confidence) or float32 [N]: what orders the candidates. seed, step, pos: int64 [N], the key of the random score."""
-        if self.score == "confidence":
-            return stats.p.to(logits_dtype).float() if self.rounded else stats.confidence
-        if self.score == "margin":
-            return stats.margin
+    def _threshold(self, value: object) -> float:
+        if not self.strict or callable(self.score):
+            return number("threshold", value, -math.inf, math.inf, finite=False)
         if self.score == "entropy":
-            return -stats.entropy
-        return uniform(seed, step, pos)
+            return number("threshold (for score='entropy', in nats)", value, -math.inf, 0.0)
+        return number("threshold", value, 0.0, 1.0)
+
+    @property
+    def spec(self) -> RuleSpec:
+        return RULES[self.rule]
+
+    @property
+    def filtered(self) -> bool:
+        """Whether the scored distribution is another than the plain softmax."""
+        return (self.tempered and self.temperature > 0) or (self.top_p or 1.0) < 1.0 or self.top_k is not None
+
+    @property
+    def filters(self) -> dict[str, Any] | None:
+        """Arguments of `filtered_stats`, None for the plain softmax."""
+        return dict(top_p=self.top_p or 1.0, top_k=self.top_k or 0, top_k_first=self.top_k_first) if self.filtered else None
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the run draws random numbers."""
+        if self.temperature > 0 or self.score == "random" or self.rule == "remdm":
+            return True
+        if self.rule == "dream":
+            return self.knobs["alg"] == "origin" or bool(self.knobs["alg_temp"])
+        return self.rule == "plackett_luce" and self.knobs["sample"]
+
+    def lower(self, run: Run) -> Rule:
+        """The rule's code, with its state for one run."""
+        module, name = self.spec.class_path.split(":")
+        return getattr(importlib.import_module(module), name)(run)
 
 
-def number(name: str, value: object, low: float, high: float, *, open_low: bool = False, finite: bool = True) -> float:
-    """The value as a float inside [low, high]; raises SettingError with the range otherwise. NumPy's and torch's scalars are numbers."""
-    x = math.nan
-    if isinstance(value, numbers.Real) or _is_scalar_tensor(value):
-        try:
-            x = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-        except OverflowError:
-            pass
-    ok = low <= x <= high and not (math.isinf(x) and finite) and not (open_low and x == low)
-    if not ok:
-        bounds = f"{'(' if open_low or math.isinf(low) else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
-        raise SettingError(f"{name} must be a number in {bounds}, got {value!r}")
-    return x
-
-
-def integer(name: str, value: object, low: int, high: int | None = None) -> int:
-    """The value as an int in low..high; raises SettingError with the range otherwise."""
-    x = as_integer(value)
-    if x is None or x < low or (high is not None and x > high):
-        raise SettingError(f"{name} must be an integer {f'in {low}..{high}' if high is not None else f'>= {low}'}, got {value!r}")
-    return x
-
-
-def as_integer(value: object) -> int | None:
-    """The value as an int if it is one (NumPy's and torch's integers too, bool not), else None."""
-    if isinstance(value, bool) or (isinstance(value, torch.Tensor) and (value.dim() > 0 or value.dtype is torch.bool)):
-        return None
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except (TypeError, RuntimeError):
-        return None
-
-
-def plain(value: object) -> object:
-    """NumPy's and torch's scalars as the int or float that JSON knows; anything else as it is."""
-    x = as_integer(value)
-    if x is not None or isinstance(value, (bool, float)):
-        return value if x is None else x
-    return float(value) if isinstance(value, numbers.Real) or _is_scalar_tensor(value) else value  # type: ignore[arg-type]
-
-
-def _is_scalar_tensor(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype is not torch.bool and not value.is_complex()
+def check_knobs(rule: str, given: Mapping[str, Any]) -> None:
+    """Raises SettingError for a knob that is unknown or belongs to other rules."""
+    check_names("setting", given, KNOBS)
+    own = {k.name for k in RULES[rule].knobs}
+    for name in given:
+        if name not in own:
+            fits = ", ".join(repr(r) for r in owners(name))
+            raise SettingError(f"{name} is for policy={fits}, got policy={rule!r}; leave it out or change the policy")
 
 
 def quota_schedule(masks: int, steps: int) -> list[int]:

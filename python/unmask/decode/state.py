@@ -39,6 +39,7 @@ class Row:
     block_start: int = 0
     block_end: int = 0
     step: int = 0  # steps done in this block
+    masks: int = 0  # undecided positions when the block began
     nfe: int = 0
     quotas: list[int] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
@@ -97,9 +98,13 @@ class DecodeState:
                 return
             row.block += 1
             row.block_start, row.step = row.block_end, 0
-            row.block_end = self.schedule.next_end(row.block_start, row.end)
-            masks = int(self.masked[row.index, row.block_start : row.block_end].sum())
-            if masks:
-                break
-        steps = masks if self.steps is None else quota_schedule(self.steps, self.schedule.count(row.start, row.end))[row.block]
-        row.quotas = quota_schedule(masks, steps)
+            self.settle_block(row, self.schedule.next_end(row.block_start, row.end))
+            if row.masks:  # an adaptive end never leaves a block without any: it stands behind an undecided position
+                return
+
+    def settle_block(self, row: Row, end: int) -> None:
+        """Sets where the row's block ends, and what its steps are to commit."""
+        row.block_end = end
+        row.masks = int(self.masked[row.index, row.block_start : end].sum())
+        steps = row.masks if self.steps is None else quota_schedule(self.steps, self.schedule.count(row.start, row.end))[row.block]
+        row.quotas = quota_schedule(row.masks, steps) if steps else []

@@ -3,6 +3,12 @@
 Record: {"row", "block", "step", "nfe", "committed": [[position, id, score], ...], "edited": [], "masks_left", "ms"}; positions are canvas
 positions, committed in order of (score desc, position asc); step counts from 0 in its block, nfe is the row's forwards so far with this
 one. `write_jsonl` puts a versioned header line before the records.
+
+Records of schedule="daedal" have two more fields, with which a reader can follow an answer that grows. "inserted": [] or [[position, n]]: once
+the commit is done, n masks stand from this position on, in place of the one that was there (what stood behind it moves n - 1 up), or in stage 1,
+whose "block" is -1, behind the last position. "length": positions of the answer after the step; what an insertion pushes beyond max_new_tokens is
+gone, and the last record of stage 1 is longer by the end-of-sequence tokens that it put behind the masks. "committed" holds positions from
+before the insertion of the same record.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ from .. import _library as _library  # noqa: F401  (loads _C)
 from .block_attention import block_attention
 from .commit import CommitResult, Rule, commit
 from .elementwise import add_rms_norm, rms_norm, silu_mul
+from .filtered_stats import filtered_stats
 from .info import Status, cuda_archs, isa, raise_on_status
+from .kl_stats import kl_stats
 from .logit_stats import LogitStats, logit_stats, new_state, stats_finish, stats_tile
 from .rope_append import rope_append
 from .uniform import uniform
@@ -23,7 +25,9 @@ __all__ = [
     "block_attention",
     "commit",
     "cuda_archs",
+    "filtered_stats",
     "isa",
+    "kl_stats",
     "logit_stats",
     "new_state",
     "raise_on_status",

@@ -8,6 +8,9 @@ bit-identical to `logit_stats` on the concatenated logits.
 On a Hopper GPU up to 64 rows of bf16 or fp16 go through one kernel instead (`torch.ops.unmask.fused_head_stats`): it reads the weights once
 and reduces the logits, rounded to the model's dtype, where the product leaves them. Its sums are grouped otherwise, so they may differ from
 `logit_stats` in the last bits; they do not depend on the other rows.
+
+`head_filtered_stats` is the same for `filtered_stats`. A filter must see a whole row before it decides about any id, so there the logits are
+stored, of few rows at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import functools
 
 import torch
 
+from .filtered_stats import filtered_stats
 from .info import has_hopper_kernels
 from .linear import Format, Linear, pad_rows
 from .logit_stats import CHUNK, FIELDS, LogitStats, new_state, stats_finish, stats_tile
@@ -70,12 +74,7 @@ def head_stats(
     per entry of `rows`. Returns LogitStats over T' entries. On the CPU only rows >= 0 are computed, padded to a multiple of 16, so that an
     entry has the same bits alone and in any batch; on CUDA all entries are, without a host read.
     """
-    if hidden.dim() != 2 or hidden.shape[1] != head.width:
-        raise RuntimeError(f"head_stats: hidden must be [M, d] = [any, {head.width}], got {list(hidden.shape)}")
-    if hidden.dtype != head.dtype:
-        raise RuntimeError(f"head_stats: hidden must be {head.dtype}, got {hidden.dtype}")
-    if rows is None:
-        rows = torch.arange(hidden.shape[0], device=hidden.device)
+    rows = _checked_rows("head_stats", hidden, head, rows)
     shared = dict(forbid=forbid, suppress=suppress, topk=topk, temperature=temperature)
     per_entry = dict(bias_ids=bias_ids, bias=bias, ids=ids, seed=seed, step=step, pos=pos)
     if hidden.device.type == "cpu":
@@ -84,6 +83,44 @@ def head_stats(
         lists = (forbid, suppress, bias_ids, bias, ids)
         return LogitStats(*torch.ops.unmask.fused_head_stats(hidden, head.weight, rows, *lists, topk, temperature, seed, step, pos))
     return _all_entries(hidden, head, rows, shared, per_entry)
+
+
+def head_filtered_stats(
+    hidden: torch.Tensor,
+    head: Head,
+    rows: torch.Tensor | None = None,
+    *,
+    forbid: torch.Tensor | None = None,
+    suppress: torch.Tensor | None = None,
+    bias_ids: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    top_k_first: bool = False,
+    seed: torch.Tensor | None = None,
+    step: torch.Tensor | None = None,
+    pos: torch.Tensor | None = None,
+) -> LogitStats:
+    """`filtered_stats` of `hidden @ head.T` for chosen rows; at most LOGITS_BYTES of logits are alive, or those of 16 rows.
+
+    hidden, rows: as in `head_stats`. Everything else as in `filtered_stats`, per entry of `rows`. Returns LogitStats over T' entries, without
+    top-k and at_ids. On the CPU only rows >= 0 are computed, padded to a multiple of 16, so that an entry has the same bits alone and in any
+    batch; on CUDA all entries are, without a host read.
+    """
+    rows = _checked_rows("head_filtered_stats", hidden, head, rows)
+    shared = dict(forbid=forbid, suppress=suppress, temperature=temperature, top_p=top_p, top_k=top_k, top_k_first=top_k_first)
+    per_entry = dict(bias_ids=bias_ids, bias=bias, seed=seed, step=step, pos=pos)
+    entries = _live_entries if hidden.device.type == "cpu" else _all_entries
+    return entries(hidden, head, rows, shared, per_entry, _reduce_filtered)
+
+
+def _checked_rows(op: str, hidden: torch.Tensor, head: Head, rows: torch.Tensor | None) -> torch.Tensor:
+    if hidden.dim() != 2 or hidden.shape[1] != head.width:
+        raise RuntimeError(f"{op}: hidden must be [M, d] = [any, {head.width}], got {list(hidden.shape)}")
+    if hidden.dtype != head.dtype:
+        raise RuntimeError(f"{op}: hidden must be {head.dtype}, got {hidden.dtype}")
+    return torch.arange(hidden.shape[0], device=hidden.device) if rows is None else rows
 
 
 def fused_head_fits(hidden: torch.Tensor, head: Head, entries: int) -> bool:
@@ -110,38 +147,6 @@ def _(hidden, weight, rows, forbid, suppress, bias_ids, bias, ids, topk, tempera
     )
 
 
-def _live_entries(hidden: torch.Tensor, head: Head, rows: torch.Tensor, shared: dict, per_entry: dict) -> LogitStats:
-    """Computes the entries that have a row, which the host must count: for the CPU, where that is no wait."""
-    m, n = hidden.shape[0], rows.shape[0]
-    live = torch.nonzero((rows >= 0) & (rows < m)).flatten()
-    if live.shape[0] == n:
-        return _reduce(hidden.index_select(0, rows), head, shared, per_entry)
-    taken = {name: None if t is None else t.index_select(0, live) for name, t in per_entry.items()}
-    part = _reduce(hidden.index_select(0, rows.index_select(0, live)), head, shared, taken)
-
-    def spread(value: torch.Tensor) -> torch.Tensor:
-        out = value.new_zeros((n, *value.shape[1:]))
-        out[live] = value
-        return out
-
-    return _absent(LogitStats(*(spread(value) for value in part)), rows, m)
-
-
-def _all_entries(hidden: torch.Tensor, head: Head, rows: torch.Tensor, shared: dict, per_entry: dict) -> LogitStats:
-    """Computes every entry and blanks those without a row: nothing is read by the host, and a CUDA graph can capture it. At most
-    LOGITS_BYTES of logits are alive."""
-    m, n = hidden.shape[0], rows.shape[0]
-    if n == 0 or m == 0:
-        return _absent(_reduce(hidden.new_zeros((n, head.width)), head, shared, per_entry), rows, m)
-    at_once = max(16, LOGITS_BYTES // (head.tile * hidden.element_size()))
-    parts = []
-    for begin in range(0, n, at_once):
-        some = slice(begin, begin + at_once)
-        taken = {name: None if t is None else t[some] for name, t in per_entry.items()}
-        parts.append(_reduce(hidden.index_select(0, rows[some].clamp(0, m - 1)), head, shared, taken))
-    return _absent(LogitStats(*(torch.cat(tensors) for tensors in zip(*parts, strict=True))), rows, m)
-
-
 def _reduce(x: torch.Tensor, head: Head, shared: dict, per_entry: dict) -> LogitStats:
     """The statistics of every row of x [n, d], tile by tile; x is padded so that a row has the same bits in any batch."""
     n, ids = x.shape[0], per_entry["ids"]
@@ -154,6 +159,60 @@ def _reduce(x: torch.Tensor, head: Head, shared: dict, per_entry: dict) -> Logit
             stats_tile(tile(x)[:n], state, id_logit, offset=offset, vocab=head.vocab_size, **shared, **per_entry)
             offset += tile.out_features
     return stats_finish(state, id_logit, shared["topk"])
+
+
+def _reduce_filtered(x: torch.Tensor, head: Head, shared: dict, per_entry: dict) -> LogitStats:
+    """The same for `filtered_stats`: the logits of some rows, filled tile by tile, then their statistics."""
+    at_once = max(16, LOGITS_BYTES // (head.vocab_size * x.element_size()) // 16 * 16)
+    parts = []
+    for begin in range(0, max(1, x.shape[0]), at_once):
+        some = x[begin : begin + at_once]
+        n, offset = some.shape[0], 0
+        logits = x.new_empty((n, head.vocab_size))
+        if n:
+            some = head.tiles[0].prepared(_padded(some, pad_rows(n)))
+            for tile in head.tiles:
+                logits[:, offset : offset + tile.out_features] = tile(some)[:n]
+                offset += tile.out_features
+        taken = {name: None if t is None else t[begin : begin + at_once] for name, t in per_entry.items()}
+        parts.append(filtered_stats(logits, **shared, **taken))
+    return parts[0] if len(parts) == 1 else LogitStats(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _live_entries(
+    hidden: torch.Tensor, head: Head, rows: torch.Tensor, shared: dict, per_entry: dict, reduce=_reduce
+) -> LogitStats:
+    """Computes the entries that have a row, which the host must count: for the CPU, where that is no wait."""
+    m, n = hidden.shape[0], rows.shape[0]
+    live = torch.nonzero((rows >= 0) & (rows < m)).flatten()
+    if live.shape[0] == n:
+        return reduce(hidden.index_select(0, rows), head, shared, per_entry)
+    taken = {name: None if t is None else t.index_select(0, live) for name, t in per_entry.items()}
+    part = reduce(hidden.index_select(0, rows.index_select(0, live)), head, shared, taken)
+
+    def spread(value: torch.Tensor) -> torch.Tensor:
+        out = value.new_zeros((n, *value.shape[1:]))
+        out[live] = value
+        return out
+
+    return _absent(LogitStats(*(spread(value) for value in part)), rows, m)
+
+
+def _all_entries(
+    hidden: torch.Tensor, head: Head, rows: torch.Tensor, shared: dict, per_entry: dict, reduce=_reduce
+) -> LogitStats:
+    """Computes every entry and blanks those without a row: nothing is read by the host, and a CUDA graph can capture it. At most
+    LOGITS_BYTES of logits are alive."""
+    m, n = hidden.shape[0], rows.shape[0]
+    if n == 0 or m == 0:
+        return _absent(reduce(hidden.new_zeros((n, head.width)), head, shared, per_entry), rows, m)
+    at_once = max(16, LOGITS_BYTES // (head.tile * hidden.element_size()))
+    parts = []
+    for begin in range(0, n, at_once):
+        some = slice(begin, begin + at_once)
+        taken = {name: None if t is None else t[some] for name, t in per_entry.items()}
+        parts.append(reduce(hidden.index_select(0, rows[some].clamp(0, m - 1)), head, shared, taken))
+    return _absent(LogitStats(*(torch.cat(tensors) for tensors in zip(*parts, strict=True))), rows, m)
 
 
 def _absent(result: LogitStats, rows: torch.Tensor, m: int) -> LogitStats:
