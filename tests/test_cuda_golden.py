@@ -1,24 +1,25 @@
-"""Every recorded run of the authors' code on a GPU, in fp32: same tokens and forwards as on the CPU (tests/test_golden_llada.py)."""
+"""Every recorded run of the authors' code on a GPU, in fp32: same tokens and forwards as on the CPU (tests/test_golden.py)."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-import test_golden_llada as golden
+import test_golden as golden
 import unmask
+from golden_runs import FAMILIES, GOLDEN, RUNS
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
 
 @pytest.fixture(scope="module")
-def model():
-    return unmask.load(golden.GOLDEN / "checkpoint", device="cuda")
+def models():
+    return {family: unmask.load(GOLDEN / family / "checkpoint", device="cuda") for family in FAMILIES}
 
 
-@pytest.mark.parametrize("sampler, run", golden.RUNS)
-def test_run_on_the_gpu(model, sampler, run):
-    golden.test_run(model, sampler, run)
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_run_on_the_gpu(models, run):
+    golden.check(run, models[run.family])
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))

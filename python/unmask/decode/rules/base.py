@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from ..policy import Policy
     from ..state import DecodeState, Row
 
+LOWEST = torch.finfo(torch.float64).min
+"""Orders behind every score that a model gives."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -117,18 +120,21 @@ class StepView:
     def rank(self, score: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
         """int64 [N]: place of each chosen candidate in commit order (score desc, position asc) within its entry, from 0; others come after.
 
-        Candidates of an entry lie in rising positions, so two stable sorts give the order.
+        Candidates of an entry lie in rising positions, so stable sorts give the order. The lowest number stands for a NaN or -inf that is
+        chosen, so that what is not chosen comes behind it.
         """
-        key = torch.where(among & ~score.isnan(), score.double(), -torch.inf)
+        key = torch.where(among, score.double().nan_to_num(LOWEST, torch.inf, LOWEST), -torch.inf)
         order = torch.argsort(key, descending=True, stable=True)
-        order = order[torch.argsort((~among).long()[order], stable=True)]
-        order = order[torch.argsort(self.entry[order], stable=True)]
+        if self.entries > 1:
+            order = order[torch.argsort(self.entry[order], stable=True)]
         place = torch.empty_like(order)
         place[order] = torch.arange(order.shape[0], device=self.device)
-        return place - self.spread(self.plan.cu[:-1])
+        return place - self.spread(self.plan.cu[:-1]) if self.entries > 1 else place
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
         """[B]: sum of a value over the candidates of each entry, one by one in order, so that its bits do not depend on other entries."""
+        if self.entries == 1:
+            return value[None, :].cumsum(1)[:, -1]
         return self.table(value, torch.arange(value.shape[0], device=self.device) - self.spread(self.plan.cu[:-1])).cumsum(1)[:, -1]
 
     def table(self, value: torch.Tensor, place: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
