@@ -1,9 +1,9 @@
 """DAEDAL (Li et al., arXiv 2508.00819; Li-Jinsong/DAEDAL): the answer's length is found while decoding.
 
-| stage | a forward | source |
-|---|---|---|
-| 1, measuring | sees the prompt and nothing but masks. Is the end-of-sequence confidence below eos_threshold: `expansion` more masks, again. Else eos_window / 2 end tokens follow the masks, and stage 2 begins | section 3.2; eos window, tail: code |
-| 2, denoising | commits the block's positions with p > high_threshold, else the best. Is the confidence below expand_threshold: the block's least sure position, if below low_threshold, becomes `expansion` masks | section 3.3 |
+| stage | a forward |
+|---|---|
+| 1, measuring | sees the prompt and nothing but masks. Is the end-of-sequence confidence below eos_threshold: `expansion` more masks, again. Else eos_window / 2 end tokens follow the masks, and stage 2 begins |
+| 2, denoising | commits the block's positions with p > high_threshold, else the best. Is the confidence below expand_threshold: the block's least sure position, if below low_threshold, becomes `expansion` masks |
 
 The answer is never longer than max_new_tokens: growth stops there, tail and insertions are cut there. Every row goes through the stages at its
 own pace (with guidance the batch measures first, because stage 1 is not guided, as in the authors' code). Rows run to their end; nothing stops
@@ -141,7 +141,7 @@ class Daedal:
             rule=CommitRule.THRESHOLD_STRICT, eligible=undecided, threshold=bar,
         ).committed  # fmt: skip
         lost = undecided & ~committed & (score < knobs["low_threshold"])
-        opens = sound & roomy & ~measuring & (sure < knobs["expand_threshold"])
+        opens = roomy & ~measuring & (sure < knobs["expand_threshold"])
         at = lowest(score, lost & step.spread(opens), step.entry, step.pos, step.entries, state.canvas.shape[1])
         grow = sound & roomy & measuring & (sure < knobs["eos_threshold"])
         return _Decided(clean, drawn, sound, committed, at, grow, sound & measuring & ~grow)

@@ -18,11 +18,15 @@ from typing import Any, Literal, get_args
 
 from ..errors import CheckpointError, nearest
 
-FAMILIES = {"llada": "unmask.models.llada", "dream": "unmask.models.dream"}
+FAMILIES = {
+    name: f"unmask.models.{name}"
+    for name in ("llada", "dream", "llada_moe", "llada2", "sdar", "fast_dllm_v2")
+}
 """Family name -> its module, which holds MODEL_TYPES, ARCHITECTURES, PREFIX, OVERRIDABLE, `read_config`, `weight_map`
-and `is_ignored`, and may hold CHAT_TEMPLATE with CHAT_TOKENS and BOS_TOKEN."""
+and `is_ignored`, and may hold CHAT_TEMPLATE with CHAT_TOKENS and BOS_TOKEN, and REFUSED (model_type -> why not)."""
 
 Visibility = Literal["bidirectional", "block_causal"]
+Scoring = Literal["softmax", "sigmoid"]
 
 CONFIG_BYTES = 1 << 20
 """Largest config.json or generation_config.json that is read."""
@@ -42,6 +46,85 @@ LIMITS = {
 }
 """Field -> (lowest, highest) value of the sizes: far above any model, low enough that checking one costs nothing."""
 
+BLOCK_LIMIT = {"block_size": (1, 1 << 16)}
+EXPERT_LIMITS = {
+    "n_experts": (1, 4096),
+    "top_k": (1, 4096),
+    "expert_dim": (1, 1 << 20),
+    "shared_dim": (0, 1 << 20),
+    "n_groups": (1, 4096),
+    "kept_groups": (1, 4096),
+}
+"""The same for `Experts`."""
+_COUNTS = {"first_dense": (0, 1024), "n_shared": (0, 64)}
+MAX_EXPERTS = 1 << 15
+"""Most experts of all layers together: each has three tensors, whose names are listed before anything is read."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of experts of a model: which layers have one, its sizes and its router (see `unmask.models.moe.route`).
+
+    Attributes:
+        layers: indices of the layers whose MLP is a mixture, ascending; the others are dense.
+        n_experts, top_k: experts of such a layer, and how many of them a token goes through.
+        expert_dim, shared_dim: inner width of an expert, and of the expert that every token goes through (0: there is none).
+        scoring: what makes scores of the router's logits.
+        selection_bias: a bias per expert is added to the scores for the choice; the weights are those without it.
+        n_groups, kept_groups: experts form n_groups groups of neighbours; a token chooses within its kept_groups best.
+        normalized: a token's top_k weights are divided by their sum. scale: then multiplied by this.
+    """
+
+    layers: tuple[int, ...]
+    n_experts: int
+    top_k: int
+    expert_dim: int
+    shared_dim: int
+    scoring: Scoring
+    selection_bias: bool
+    n_groups: int
+    kept_groups: int
+    normalized: bool
+    scale: float
+
+    def problems(self, n_layers: int) -> list[str]:
+        """Everything that is wrong with the values, for a model of `n_layers` layers."""
+        found = []
+        for name, (low, high) in EXPERT_LIMITS.items():
+            found += number_problems(f"experts.{name}", getattr(self, name), int, low, high)
+        found += number_problems("experts.scale", self.scale, float, 0.0, 1e6)
+        for name in ("selection_bias", "normalized"):
+            if not isinstance(getattr(self, name), bool):
+                found.append(f"experts.{name} must be true or false, got {shown(getattr(self, name))}")
+        if self.scoring not in get_args(Scoring):
+            found.append(f"experts.scoring must be one of {get_args(Scoring)}, got {shown(self.scoring)}")
+        layers = self.layers
+        if not isinstance(layers, tuple) or not layers:
+            found.append(f"experts.layers must be a tuple of layer indices that is not empty, got {shown(layers)}")
+        else:
+            for layer in layers:
+                found += number_problems("experts.layers", layer, int, 0, n_layers - 1)
+        if found:
+            return found
+        if list(layers) != sorted(set(layers)):
+            found.append(f"experts.layers must be ascending, got {shown(layers)}")
+        if len(layers) * self.n_experts > MAX_EXPERTS:
+            found.append(f"experts.n_experts must be at most {MAX_EXPERTS} over all layers, got {len(layers)} x {self.n_experts}")
+        if self.n_experts % self.n_groups:
+            found.append(f"experts.n_experts must be a multiple of n_groups, got {self.n_experts} and {self.n_groups}")
+        if self.kept_groups > self.n_groups:
+            found.append(f"experts.kept_groups must be at most n_groups {self.n_groups}, got {self.kept_groups}")
+        elif self.top_k > self.n_experts // self.n_groups * self.kept_groups:
+            found.append(
+                f"experts.top_k must be at most the {self.n_experts // self.n_groups * self.kept_groups} experts of the kept groups, got {self.top_k}"
+            )
+        return found
+
+    def parameters(self, d_model: int, experts: int) -> int:
+        """Weights of one such layer's MLP when `experts` of its experts count."""
+        router = self.n_experts * (d_model + self.selection_bias)
+        return router + 3 * d_model * (experts * self.expert_dim + self.shared_dim)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -60,7 +143,9 @@ class ModelConfig:
         max_positions: longest sequence that the model was made for.
         block_size: block length that the model was trained with, None where it is a free choice.
         shifted: logits at position i predict token i + 1.
-        visibility: "bidirectional", or "block_causal": a block sees itself and the blocks before it.
+        visibility: "bidirectional", or "block_causal": a block sees itself and the blocks before it; blocks begin at
+            multiples of block_size, counted from the first token.
+        experts: the mixture of experts, None for a dense model; ffn_dim is the inner width of the dense layers.
     """
 
     family: str
@@ -84,6 +169,7 @@ class ModelConfig:
     block_size: int | None
     shifted: bool
     visibility: Visibility
+    experts: Experts | None = None
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the values (an empty list for a usable config). Allocates nothing."""
@@ -96,11 +182,17 @@ class ModelConfig:
             if not isinstance(getattr(self, name), bool):
                 found.append(f"{name} must be true or false, got {shown(getattr(self, name))}")
         if self.block_size is not None:
-            found += number_problems("block_size", self.block_size, int, 1, 1 << 16)
+            found += number_problems("block_size", self.block_size, int, *BLOCK_LIMIT["block_size"])
         if self.visibility not in get_args(Visibility):
             found.append(f"visibility must be one of {get_args(Visibility)}, got {shown(self.visibility)}")
+        if self.experts is not None and not isinstance(self.experts, Experts):
+            found.append(f"experts must be an Experts or None, got {shown(self.experts)}")
+        elif self.experts is not None and not number_problems("", self.n_layers, int, *LIMITS["n_layers"]):
+            found += self.experts.problems(self.n_layers)
         if found:
             return found  # the checks below compute with these numbers
+        if self.visibility == "block_causal" and self.block_size is None:
+            found.append("block_size must be given where visibility is 'block_causal', got None")
         if self.n_heads % self.n_kv_heads:
             found.append(
                 f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} and {self.n_kv_heads}"
@@ -141,11 +233,23 @@ class ModelConfig:
     @property
     def n_parameters(self) -> int:
         """Number of weights, from the sizes alone."""
+        return self._parameters(self.experts.n_experts if self.experts else 0)
+
+    @property
+    def n_active_parameters(self) -> int:
+        """Number of weights that a token goes through: all but the experts that it is not routed to."""
+        return self._parameters(self.experts.top_k if self.experts else 0)
+
+    def _parameters(self, experts: int) -> int:
         q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        layer = 2 * self.d_model * (q + kv) + 3 * self.d_model * self.ffn_dim + 2 * self.d_model
+        layer = 2 * self.d_model * (q + kv) + 2 * self.d_model
         layer += (q + 2 * kv) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
+        mixtures = len(self.experts.layers) if self.experts else 0
+        mlps = (self.n_layers - mixtures) * 3 * self.d_model * self.ffn_dim
+        if self.experts:
+            mlps += mixtures * self.experts.parameters(self.d_model, experts)
         embeddings = self.vocab_size * self.d_model * (1 if self.tied_head else 2)
-        return embeddings + self.n_layers * layer + self.d_model
+        return embeddings + self.n_layers * layer + mlps + self.d_model
 
 
 CONFIG_FIELDS = tuple(field.name for field in fields(ModelConfig))
@@ -192,13 +296,13 @@ class Fields:
         self.problems: list[str] = []
 
     def integer(self, name: str, limit: str, default: int | None = None) -> int:
-        """An integer within LIMITS[limit]; missing or null means `default`, and is wrong where there is none."""
+        """An integer within the limit of that name; missing or null means `default`, and is wrong where there is none."""
         value = self.raw.get(name)
         if value is None:
             if default is None:
                 self.problems.append(f"{name} is missing")
             return default or 1
-        bad = number_problems(name, value, int, *LIMITS[limit])
+        bad = number_problems(name, value, int, *(LIMITS | BLOCK_LIMIT | EXPERT_LIMITS | _COUNTS)[limit])
         self.problems.extend(bad)
         return 1 if bad else value
 
@@ -208,6 +312,13 @@ class Fields:
         bad = number_problems(name, value, float, 0.0, 1e12)
         self.problems.extend(bad)
         return default if bad else float(value)
+
+    def rotary_dim(self, name: str, default: float, head_dim: int) -> int:
+        """int(head_dim x factor), as transformers computes it: the dims of a head that rotate. Missing or null means `default`."""
+        value = default if self.raw.get(name) is None else self.raw[name]
+        bad = number_problems(name, value, float, 0.0, 1.0)
+        self.problems.extend(bad)
+        return head_dim if bad else int(head_dim * value)
 
     def flag(self, name: str, default: bool) -> bool:
         """true or false; missing or null means `default`."""
@@ -284,17 +395,23 @@ def family_module(name: str) -> ModuleType:
 
 
 def detect_family(raw: dict[str, Any]) -> str:
-    """Family name of a config.json, from `model_type`, then `architectures`; an error names the supported ones."""
+    """Family name of a config.json, from `model_type`, then `architectures`; an error names the supported ones.
+
+    Two families may share a model_type (LLaDA-MoE's released files say "llada"): then the architecture decides.
+    """
     model_type = raw.get("model_type")
     architectures = raw.get("architectures")
-    names = architectures if isinstance(architectures, list) else []
-    for family in FAMILIES:
-        module = family_module(family)
-        if model_type in module.MODEL_TYPES if isinstance(model_type, str) else False:
-            return family
-        if model_type is None and any(isinstance(n, str) and n in module.ARCHITECTURES for n in names):
-            return family
-    supported = "; ".join(f"{f}: model_type {' or '.join(family_module(f).MODEL_TYPES)}" for f in FAMILIES)
+    names = [n for n in architectures if isinstance(n, str)] if isinstance(architectures, list) else []
+    modules = {family: family_module(family) for family in FAMILIES}
+    typed = [f for f, m in modules.items() if isinstance(model_type, str) and model_type in m.MODEL_TYPES]
+    named = [f for f, m in modules.items() if any(n in m.ARCHITECTURES for n in names)]
+    for family in (*(f for f in typed if f in named), *typed, *(named if model_type is None else ())):
+        return family
+    for module in modules.values():
+        reason = getattr(module, "REFUSED", {}).get(model_type) if isinstance(model_type, str) else None
+        if reason is not None:
+            raise CheckpointError("unsupported model family", f"model_type {model_type!r} is not supported: {reason}")
+    supported = "; ".join(f"{f}: model_type {' or '.join(m.MODEL_TYPES)}" for f, m in modules.items())
     raise CheckpointError(
         "unsupported model family",
         f"model_type {shown(model_type)} with architectures {shown(architectures)} is not supported; "

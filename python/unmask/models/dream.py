@@ -9,15 +9,18 @@ checkpoint uses are refused by name, never ignored.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from ..errors import CheckpointError
-from .config import Fields, ModelConfig, WeightSpec, shown
+from . import qwen
+from .config import Fields, ModelConfig
+from .qwen import is_ignored, weight_map
+
+__all__ = ["is_ignored", "read_config", "weight_map"]
 
 MODEL_TYPES = ("Dream",)
 ARCHITECTURES = ("DreamModel", "DreamBaseModel")
-PREFIX = "model."
+PREFIX = qwen.PREFIX
 """Leading part of every weight name but the head's; checkpoints saved from the inner module lack it, on all names alike."""
 
 MASK_ID, EOS_ID = 151666, 151643
@@ -53,14 +56,6 @@ _ABSENT = ("quantization_config", "rope_parameters", "partial_rotary_factor", "b
 """Fields that other checkpoints use to change what the weights mean: must be missing or null. rope_parameters is where
 transformers 5 puts rope_theta and its scaling; a block length belongs to block-causal relatives."""
 
-_IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-
-
-def is_ignored(name: str) -> bool:
-    """Whether a tensor that the model does not use may be in the file: rotary buffers, which the config determines."""
-    return _IGNORED.search(name) is not None
-
-
 def read_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
     """ModelConfig from config.json and generation_config.json ({} where there is none).
 
@@ -69,26 +64,12 @@ def read_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
     f = Fields(raw, generation)
     f.fixed(_FIXED)
     f.absent(_ABSENT)
-    if not _is_default_rope(raw.get("rope_scaling")):
-        f.problems.append(
-            f"rope_scaling must be absent, null or {{'rope_type': 'default'}}, got {shown(raw['rope_scaling'])}"
-        )
-    if f.flag("use_sliding_window", False):  # sliding_window and max_window_layers mean nothing without it
-        f.problems.append("use_sliding_window must be False or null, got True")
-    kinds = raw.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
-        f.problems.append(f"layer_types must be absent, null or all 'full_attention', got {shown(kinds)}")
+    qwen.check_rope_scaling(f)
+    qwen.check_full_attention(f)
 
     d_model = f.integer("hidden_size", "d_model")
     n_heads = f.integer("num_attention_heads", "n_heads")
-    if raw.get("head_dim") is not None:
-        head_dim = f.integer("head_dim", "head_dim")
-    else:
-        head_dim = d_model // n_heads
-        if d_model % n_heads:
-            f.problems.append(
-                f"hidden_size must be a multiple of num_attention_heads, got {d_model} and {n_heads}"
-            )
+    head_dim = qwen.head_dim(f, d_model, n_heads)
     rows = f.integer("vocab_size", "vocab_size")
     eos_ids = f.eos_ids(EOS_ID if rows > EOS_ID else None, rows)
     config = ModelConfig(
@@ -96,10 +77,7 @@ def read_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
         d_model=d_model,
         n_layers=f.integer("num_hidden_layers", "n_layers"),
         n_heads=n_heads,
-        # null: as many as query heads. Missing is an error: the authors' default, 32, fits no released model.
-        n_kv_heads=f.integer(
-            "num_key_value_heads", "n_kv_heads", n_heads if "num_key_value_heads" in raw else None
-        ),
+        n_kv_heads=qwen.kv_heads(f, n_heads),
         head_dim=head_dim,
         ffn_dim=f.integer("intermediate_size", "ffn_dim"),
         vocab_size=rows,
@@ -120,39 +98,3 @@ def read_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
     if f.problems:
         raise CheckpointError("unsupported Dream config", f.problems)
     return config
-
-
-def _is_default_rope(scaling: object) -> bool:
-    """Whether rope_scaling, in its old (`type`) or new (`rope_type`) form, leaves the angles as they are."""
-    if not isinstance(scaling, dict):
-        return scaling is None
-    return bool(scaling) and all(
-        key in ("rope_type", "type") and kind == "default" for key, kind in scaling.items()
-    )
-
-
-def weight_map(config: ModelConfig) -> dict[str, WeightSpec]:
-    """Canonical name -> the tensor of the checkpoint (shapes [out, in]); `head` is missing where it is tied."""
-    d, ffn, vocab = config.d_model, config.ffn_dim, config.vocab_size
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    per_layer = {
-        "attn_norm": ("input_layernorm.weight", (d,)),
-        "q": ("self_attn.q_proj.weight", (q, d)),
-        "k": ("self_attn.k_proj.weight", (kv, d)),
-        "v": ("self_attn.v_proj.weight", (kv, d)),
-        "o": ("self_attn.o_proj.weight", (d, q)),
-        "mlp_norm": ("post_attention_layernorm.weight", (d,)),
-        "gate": ("mlp.gate_proj.weight", (ffn, d)),
-        "up": ("mlp.up_proj.weight", (ffn, d)),
-        "down": ("mlp.down_proj.weight", (d, ffn)),
-    }
-    if config.qkv_bias:  # always, unless a caller overrides it
-        per_layer |= {f"{x}_bias": (f"self_attn.{x}_proj.bias", (n,)) for x, n in (("q", q), ("k", kv), ("v", kv))}
-    specs = {"embed": WeightSpec(f"{PREFIX}embed_tokens.weight", (vocab, d))}
-    for i in range(config.n_layers):
-        for name, (theirs, shape) in per_layer.items():
-            specs[f"layers.{i}.{name}"] = WeightSpec(f"{PREFIX}layers.{i}.{theirs}", shape)
-    specs["final_norm"] = WeightSpec(f"{PREFIX}norm.weight", (d,))
-    if not config.tied_head:
-        specs["head"] = WeightSpec("lm_head.weight", (vocab, d))
-    return specs

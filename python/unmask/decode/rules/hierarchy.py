@@ -11,6 +11,7 @@ from .base import Rule, Selection, StepView
 def best_of_groups(group: torch.Tensor, score: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
     """bool [N]: of each group's chosen candidates the one with the highest score, the first on ties. group: int64 [N], rising."""
     order = torch.argsort(torch.where(among, score.double(), -torch.inf), descending=True, stable=True)
+    order = order[torch.argsort((~among).long()[order], stable=True)]  # a chosen one may score -inf, too
     order = order[torch.argsort(group[order], stable=True)]
     first = torch.ones_like(among)
     sorted_group = group[order]
