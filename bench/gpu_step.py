@@ -124,7 +124,7 @@ class Ours:
         self.masked_canvas, self.masked = self.state.canvas.clone(), self.state.masked.clone()
         self.backend, self.bare = (NativeBackend(model, self.state, shape.mask_id) for _ in range(2))  # of the loop, and without it
         self.bare.cache = self.backend.cache
-        self.engine = Engine(self.state, self.backend, Policy(threshold=shape.threshold), cache="dual")
+        self.engine = Engine(self.state, self.backend, Policy(knobs=dict(threshold=shape.threshold)), cache="dual")
         self._steps = self.engine.run()
         self.begin()
         next(self._steps)

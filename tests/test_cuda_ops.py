@@ -1,5 +1,5 @@
-"""commit, rope_append, rms_norm, add_rms_norm and silu_mul on a GPU, against the CPU kernels (tests/test_cuda_emulated_*.py runs the
-same device code without one)."""
+"""commit, rope_append, rms_norm, add_rms_norm, silu_mul, filtered_stats and kl_stats on a GPU, against the CPU kernels
+(tests/test_cuda_emulated_*.py runs the same device code without one)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from hypothesis import given, settings
 
 from native import native
 from on_gpu import op_on_gpu
+from stats_cases import assert_same
 from strided import LAYOUTS, relayout
+from test_cuda_emulated_filtered import FILTERS, filtered_call
+from test_cuda_emulated_filtered import arguments as filter_arguments
 from test_cuda_emulated_rows import DTYPES, STEP, rows
 from test_op_commit import RULES, Call, calls, kernel, one_row
 from test_op_rope_append import assert_same_within_rounding, build
@@ -94,6 +97,53 @@ def test_rows(dtype, dim, pad):
         gate = rows(n, 2 * dim, dtype, pad)
         got = op_on_gpu("silu_mul")(gate)
         torch.testing.assert_close(got, native("silu_mul")(gate), rtol=STEP[dtype], atol=1e-30)
+
+
+@pytest.mark.parametrize("vocab", (1, 2, 511, 512, 513, 4097, 32000, 126464))
+@pytest.mark.parametrize("temperature", (0.0, 0.7, 30.0))
+def test_filtered_stats(vocab, temperature):
+    for i, filters in enumerate(FILTERS):
+        for j, layout in enumerate(("dense", "padded", "columns", "transposed")):
+            a = filtered_call(vocab, DTYPES[(i + j) % 3], vocab + 7 * i + j, temperature, layout, filters)
+            assert_same(op_on_gpu("filtered_stats")(*filter_arguments(a)), native("filtered_stats")(*filter_arguments(a)))
+
+
+def test_filtered_stats_of_more_rows_than_one_workspace_holds():
+    """64 MiB of copied rows are 132 rows of this vocabulary; a row has the same bits in each launch."""
+    a = filtered_call(126464, torch.bfloat16, 13, 0.8, filters={"top_p": 0.9})
+    many = {**a, **{k: a[k].repeat(30, *[1] * (a[k].dim() - 1)) for k in ("rows", "seed", "step", "pos")}}
+    want, got = (op_on_gpu("filtered_stats")(*filter_arguments(x)) for x in (a, many))
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g.nan_to_num(7.0), w.repeat(30, *[1] * (w.dim() - 1)).nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", (1, 7, 4096, 126464))
+@pytest.mark.parametrize("how", LAYOUTS)
+def test_kl_stats(dtype, vocab, how):
+    x = torch.randn(5, vocab) * 4
+    y = relayout((x + torch.randn(5, vocab)).to(dtype), how)
+    x = relayout(x.to(dtype), how)
+    rows, previous = torch.tensor([0, 4, -1, 2, 5, 1]), torch.tensor([1, 4, 0, -1, 0, 9])
+    lse, previous_lse = (torch.logsumexp(t.float(), 1)[r.clamp(0, 4)] for t, r in ((x, rows), (y, previous)))
+    a = (x, y, rows, previous, lse, previous_lse)
+    torch.testing.assert_close(op_on_gpu("kl_stats")(*a), native("kl_stats")(*a), rtol=1e-6, atol=4e-6, equal_nan=True)
+
+
+def test_a_graph_captures_the_filtered_statistics():
+    x, y = torch.randn(4, 9000, device="cuda"), torch.randn(4, 9000, device="cuda")
+    lse = torch.logsumexp(x, 1)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
+        out = native("filtered_stats", "CUDA")(x, *[None] * 5, 0.0, 0.9, 50, False, None, None, None)
+        kl = native("kl_stats", "CUDA")(x, y, None, None, lse, lse)
+    x.copy_(y)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same(tuple(t.cpu() for t in out), native("filtered_stats")(y.cpu(), *[None] * 5, 0.0, 0.9, 50, False, None, None, None))
+    assert kl.abs().max() < 1e-5
 
 
 def test_a_graph_captures_a_step_of_the_small_ops():

@@ -109,8 +109,14 @@ UNMASK_HD EntryStats finish_filtered(const Filters& f, const SumExp& sum, const 
   const float p = exp_neg(tempered(sample.x, sum.m, f.scale)) / total;
   const float p1 = exp_neg(tempered(first.v, sum.m, f.scale)) / total;
   const float p2 = second.id < 0 ? 0.0f : exp_neg(tempered(second.v, sum.m, f.scale)) / total;
-  return {sample.id, p, p1, p2, log_s - sum.t / total, sum.m / f.temperature + log_s,
-          sample.x == sum.m ? sum.r / total : 1.0f - p, status};
+  return {sample.id,
+          p,
+          p1,
+          p2,
+          log_s - sum.t / total,
+          sum.m / f.temperature + log_s,
+          sample.x == sum.m ? sum.r / total : 1.0f - p,
+          status};
 }
 
 }  // namespace unmask

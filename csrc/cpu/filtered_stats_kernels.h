@@ -21,9 +21,7 @@ struct FilterScratch {
   unsigned char* copied;  // [chunks]: which chunks are in `row`
 };
 
-struct FilteredArgs : StatsArgs {
-  Filters filters;
-};
+struct FilteredArgs : StatsArgs { Filters filters; };
 
 }  // namespace unmask::cpu
 

@@ -14,9 +14,39 @@ namespace unmask::cpu::UNMASK_ISA_NS {
 
 // ---- collecting ---------------------------------------------------------------------------------------------------
 #if defined(UNMASK_AVX512)
-UNMASK_INLINE int64_t append(vf v, __m512i id, __mmask16 mask, float* out, int32_t* out_id, int64_t at) {
-  _mm512_storeu_ps(out + at, _mm512_maskz_compress_ps(mask, v.v));
-  _mm512_storeu_si512(out_id + at, _mm512_maskz_compress_epi32(mask, id));
+using Ids = __m512i;
+UNMASK_INLINE Ids load_ids(const int32_t* p) { return _mm512_loadu_si512(p); }
+UNMASK_INLINE Ids rising_ids(int32_t first) {
+  return _mm512_add_epi32(_mm512_set1_epi32(first),
+                          _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+}
+UNMASK_INLINE uint32_t kept_lanes(const Cut& cut, vf v, Ids id) {
+  const __mmask16 tied = _mm512_cmp_ps_mask(v.v, _mm512_set1_ps(cut.x), _CMP_EQ_OQ);
+  return vgt_mask(v, vset(cut.x)) | _mm512_mask_cmple_epi32_mask(tied, id, _mm512_set1_epi32(cut.last));
+}
+// Writes the lanes of the mask to out[at...], and something behind them; returns where the next ones go.
+UNMASK_INLINE int64_t append(vf v, Ids id, uint32_t mask, float* out, int32_t* out_id, int64_t at) {
+  _mm512_storeu_ps(out + at, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), v.v));
+  _mm512_storeu_si512(out_id + at, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), id));
+  return at + __builtin_popcount(mask);
+}
+#elif defined(UNMASK_AVX2)
+using Ids = __m256i;
+UNMASK_INLINE Ids load_ids(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+UNMASK_INLINE Ids rising_ids(int32_t first) {
+  return _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+}
+UNMASK_INLINE uint32_t kept_lanes(const Cut& cut, vf v, Ids id) {
+  const __m256 tied = _mm256_cmp_ps(v.v, _mm256_set1_ps(cut.x), _CMP_EQ_OQ),
+               later = _mm256_castsi256_ps(_mm256_cmpgt_epi32(id, _mm256_set1_epi32(cut.last)));
+  return vgt_mask(v, vset(cut.x)) | static_cast<uint32_t>(_mm256_movemask_ps(_mm256_andnot_ps(later, tied)));
+}
+UNMASK_INLINE int64_t append(vf v, Ids id, uint32_t mask, float* out, int32_t* out_id, int64_t at) {
+  const uint64_t bytes = _pdep_u64(mask, 0x0101010101010101u) * 0xFFu;  // a byte a lane
+  const __m256i lanes =
+      _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(_pext_u64(0x0706050403020100u, bytes))));
+  _mm256_storeu_ps(out + at, _mm256_permutevar8x32_ps(v.v, lanes));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out_id + at), _mm256_permutevar8x32_epi32(id, lanes));
   return at + __builtin_popcount(mask);
 }
 #endif
@@ -35,16 +65,14 @@ int64_t collect(const T* x, int n, int32_t base, float floor, float ceiling, flo
     for (int u = 0; u < 4; ++u) in[u] = vge_mask(v[u], bar) & vge_mask(roof, v[u]);
     if (kRare && (in[0] | in[1] | in[2] | in[3]) == 0) continue;
     for (int u = 0; u < 4; ++u) {
-#if defined(UNMASK_AVX512)
-      const __m512i id = _mm512_add_epi32(_mm512_set1_epi32(base + i + u * kW),
-                                          _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-      at = append(v[u], id, static_cast<__mmask16>(in[u]), out, out_id, at);
-#else
+#if defined(UNMASK_PORTABLE)
       for (uint32_t mask = in[u]; mask != 0; mask &= mask - 1) {
         const int j = i + u * kW + __builtin_ctz(mask);
         out[at] = to_float(x[j]);
         out_id[at++] = base + j;
       }
+#else
+      at = append(v[u], rising_ids(base + i + u * kW), in[u], out, out_id, at);
 #endif
     }
   }
@@ -60,15 +88,11 @@ int64_t collect(const T* x, int n, int32_t base, float floor, float ceiling, flo
 // Those of (x, id)[0..n) that the cut keeps, in place and in order. Returns how many.
 inline int64_t keep(const Cut& cut, float* x, int32_t* id, int64_t n) {
   int64_t at = 0, i = 0;
-#if defined(UNMASK_AVX512)
-  const vf bar = vset(cut.x);
-  const __m512i last = _mm512_set1_epi32(cut.last);
+#if !defined(UNMASK_PORTABLE)
   for (; i + kW <= n; i += kW) {
     const vf v = vload(x + i);
-    const __m512i ids = _mm512_loadu_si512(id + i);
-    const __mmask16 above = _mm512_cmp_ps_mask(v.v, bar.v, _CMP_GT_OQ),
-                    tied = _mm512_mask_cmple_epi32_mask(_mm512_cmp_ps_mask(v.v, bar.v, _CMP_EQ_OQ), ids, last);
-    at = append(v, ids, static_cast<__mmask16>(above | tied), x, id, at);  // at <= i: what it covers has been read
+    const Ids ids = load_ids(id + i);
+    at = append(v, ids, kept_lanes(cut, v, ids), x, id, at);  // at <= i: what it covers has been read
   }
 #endif
   for (; i < n; ++i) {

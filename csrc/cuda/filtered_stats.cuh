@@ -132,10 +132,9 @@ struct FilterBlock {
   }
 
   UNMASK_DEVICE Cut cut_by_count() const {
-    const Found f = search(logit_key(count_floor(job.filters.top_k)), logit_key(m),
-                           static_cast<uint64_t>(job.filters.top_k - 1), s, [&](const auto& add) {
-                             each([&](int32_t, float v) { add(logit_key(v), [] { return uint64_t{1}; }); });
-                           });
+    const Found f = search(
+        logit_key(count_floor(job.filters.top_k)), logit_key(m), static_cast<uint64_t>(job.filters.top_k - 1), s,
+        [&](const auto& add) { each([&](int32_t, float v) { add(logit_key(v), [] { return uint64_t{1}; }); }); });
     if (!f.any) return no_cut();  // fewer than k ids above -inf
     return {logit_of_key(f.key), INT32_MAX};
   }
@@ -155,8 +154,7 @@ struct FilterBlock {
     const Found last =
         search(0xFFFFFFFFu - static_cast<uint32_t>(vocab()), 0xFFFFFFFFu, f.left / own, s, [&](const auto& add) {
           each([&](int32_t id, float v) {
-            if (v == at && head.keeps(v, id))
-              add(0xFFFFFFFFu - static_cast<uint32_t>(id), [] { return uint64_t{1}; });
+            if (v == at && head.keeps(v, id)) add(0xFFFFFFFFu - static_cast<uint32_t>(id), [] { return uint64_t{1}; });
           });
         });
     return {at, static_cast<int32_t>(0xFFFFFFFFu - last.key)};
@@ -254,7 +252,8 @@ struct FilterBlock {
 };
 
 template <FloatType kType>
-UNMASK_KERNEL_BOUNDS(kFilterThreads, 1) filter_rows(const FilterJob job, const StatsOutputs out) {
+UNMASK_KERNEL_BOUNDS(kFilterThreads, 1)
+filter_rows(const FilterJob job, const StatsOutputs out) {
   const int64_t entry = job.entry_begin + block_index();
   const int64_t row = job.rows != nullptr ? job.rows[entry * job.rows_stride] : entry;
   EntryStats result = row == -1 ? none_stats() : invalid_stats(kStatusBadRow);

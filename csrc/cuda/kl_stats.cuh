@@ -15,7 +15,8 @@ struct KlJob {
 };
 
 template <FloatType kType>
-UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, 4) kl_chunks(const KlJob job) {
+UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, 4)
+kl_chunks(const KlJob job) {
   const int64_t index = block_index() * kWarpsPerBlock + warp_in_block();
   const int64_t entry = index / job.chunks, first = index % job.chunks * kStatsChunk;
   const KlInputs& in = job.in;

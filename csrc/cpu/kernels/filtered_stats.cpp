@@ -31,9 +31,7 @@ struct FilterRow {
   const T* x;
   int64_t chunks;
 
-  int size(int64_t c) const {
-    return static_cast<int>(a.count - c * kChunk < kChunk ? a.count - c * kChunk : kChunk);
-  }
+  int size(int64_t c) const { return static_cast<int>(a.count - c * kChunk < kChunk ? a.count - c * kChunk : kChunk); }
 
   // Chunks with suppressed or biased ids, or of a row with a column stride, go to scratch in fp32. Returns status bits.
   int32_t copy_changed(int64_t entry) const {
@@ -70,8 +68,8 @@ struct FilterRow {
       if (s.copied[c] != 0) {
         const float* copy = s.row + c * kChunk;
         chunk_max(copy, n, lanes);
-        part = tempered_chunk(reinterpret_cast<const typename Copied<T>::Type*>(copy), n, max_of(lanes),
-                              a.filters.scale);
+        part =
+            tempered_chunk(reinterpret_cast<const typename Copied<T>::Type*>(copy), n, max_of(lanes), a.filters.scale);
       } else {
         chunk_max(x + c * kChunk, n, lanes);
         part = tempered_chunk(x + c * kChunk, n, max_of(lanes), a.filters.scale);
@@ -112,10 +110,9 @@ struct FilterRow {
     for (int64_t c = 0; c < chunks; ++c) {
       if (!(max_of(s.lanes + c * kStep) > high)) continue;
       const float* copy = s.row + c * kChunk;
-      const SumExp part = s.copied[c] != 0
-                              ? head_sums(reinterpret_cast<const typename Copied<T>::Type*>(copy), size(c), high, m,
-                                          a.filters.scale)
-                              : head_sums(x + c * kChunk, size(c), high, m, a.filters.scale);
+      const SumExp part = s.copied[c] != 0 ? head_sums(reinterpret_cast<const typename Copied<T>::Type*>(copy), size(c),
+                                                       high, m, a.filters.scale)
+                                           : head_sums(x + c * kChunk, size(c), high, m, a.filters.scale);
       head.r += part.r;
       head.t += part.t;
     }
@@ -225,12 +222,11 @@ struct Many {
   bool sparse;  // few enough for lists after all
 };
 
-// Whether more than V / kListShare ids seem to lie at or above the floor; the sample is then in s.x.
+// Whether more than V / kListShare ids seem to lie at or above the floor; the sample is then in s.x. (It decides how sums are grouped, so it must
+// not look at lane maxima: which ids share a lane depends on where the chunk lies.)
 template <class T>
 bool many_from(const FilterRow<T>& r, float floor, int64_t* sampled) {
   if (r.a.vocab <= kHeadVocab || floor == pos_inf()) return false;
-  const int64_t lanes = r.chunks * kStep;
-  if (count_from(r.s.lanes, lanes, floor) < lanes * 3 / 4) return false;
   *sampled = r.sample();
   return count_from(r.s.x, *sampled, floor) > *sampled / kListShare;
 }
