@@ -117,6 +117,20 @@ def generate(folder, *words):
         (("generate", "x", "--temperature", "-1"), ("temperature", "-1")),
         (("generate", "x", "--steps", "4"), ("steps", "policy")),
         (("generate", "x", "--dtype", "bfloat61"), ("bfloat16",)),
+        (("generate", "x", "--schedule", "adablok"), ("did you mean 'adablock'?",)),
+        (("generate", "x", "--delimiter", ","), ("delimiters", "adablock")),
+        (("generate", "x", "--top-p", "1.5"), ("top_p", "1.5")),
+        (("generate", "x", "--top-k", "0"), ("top_k", ">= 1")),
+        (("generate", "x", "--negative-prompt", "y"), ("negative_prompt", "cfg_scale")),
+        (("generate", "x", "--set", "gamma"), ("--set", "must be NAME=VALUE", "'gamma'")),
+        (("generate", "x", "--set", "=3"), ("--set", "must be NAME=VALUE")),
+        (("generate", "x", "--policy", "eb", "--set", "gamm=0.3"), ("unknown setting 'gamm'", "did you mean 'gamma'?")),
+        (("generate", "x", "--policy", "eb", "--set", "gamma=much"), ("gamma", "must be a number", "'much'")),
+        (("generate", "x", "--set", "gamma=0.3"), ("gamma is for policy='eb'",)),
+        (("generate", "x", "--set", "cache=dual", "--cache", "dual"), ("cache is given twice", "--cache")),
+        (("generate", "x", "--set", "seed=1", "--set", "seed=2"), ("seed is given twice",)),
+        (("generate", "x", "--set", "chat=true"), ("--no-chat",)),
+        (("policies", "ebb"), ("unknown policy 'ebb'", "did you mean eb?")),
         (("doctor", "--jsn"), ("unknown option --jsn", "did you mean --json?")),
         (("bench", "--dtype", "fp61"), ("unknown --dtype 'fp61'", "did you mean fp")),
     ],
@@ -137,7 +151,7 @@ def test_missing_model_says_where_it_looked(cli):
 @given(
     st.lists(
         st.text(max_size=12)
-        | st.sampled_from(["generate", "doctor", "bench", "--json", "--help", "-m", "--", "-"]),
+        | st.sampled_from(["generate", "policies", "doctor", "bench", "--json", "--help", "--set", "-m", "--", "-"]),
         max_size=5,
     )
 )
@@ -155,7 +169,7 @@ def test_any_words_parse_or_exit_cleanly(words):
 # ---- help
 
 
-@pytest.mark.parametrize("command", [(), ("generate",), ("doctor",), ("bench",)])
+@pytest.mark.parametrize("command", [(), ("generate",), ("policies",), ("doctor",), ("bench",)])
 def test_help_is_quick_and_loads_no_torch(command):
     words = [
         sys.executable,
@@ -249,6 +263,63 @@ def test_every_decoding_option_reaches_the_settings(cli, folder):
     assert settings["factor"] == 0.5 and settings["dtype"] == "bfloat16"
 
 
+def test_new_options_and_set_reach_the_settings(cli, folder):
+    words = ("--schedule", "adablock", "--delimiter", "w5", "--delimiter", "w6", "--top-p", "0.9", "--top-k", "7", "--cfg-scale", "0.5")
+    more = ("--negative-prompt", "w9 w8", "--policy", "eb", "--set", "gamma=0.25", "--set", "score=margin", "--set", "repetition-penalty=1.5")
+    code, out, err = cli(*generate(folder, "--json", *words, *more, "--set", "suppress=[3, 4]", "--set", "delimiter_threshold=0.2"))
+    assert code == 0, err
+    got = json.loads(out)
+    expected = dict(
+        schedule="adablock", delimiters=["w5", "w6"], top_p=0.9, top_k=7, cfg_scale=0.5, negative_prompt="w9 w8", policy="eb", gamma=0.25,
+        score="margin", repetition_penalty=1.5, suppress=[3, 4], delimiter_threshold=0.2,
+    )  # fmt: skip
+    assert {name: got["settings"][name] for name in expected} == expected
+    want = unmask.generate(
+        folder, "w1 w2 w3", max_new_tokens=12, **(expected | dict(delimiters=("w5", "w6"), suppress=(3, 4)))
+    )
+    assert (got["ids"], got["nfe"]) == (want.ids, want.nfe)
+
+
+def test_set_takes_text_where_it_is_no_json(cli, folder):
+    code, out, _ = cli(*generate(folder, "--json", "--policy", "remdm", "--set", "strategy=loop", "--set", "steps=6"))
+    settings = json.loads(out)["settings"]
+    assert code == 0 and settings["strategy"] == "loop" and settings["steps"] == 6
+
+
+# ---- policies
+
+
+def test_policies_lists_every_rule_and_its_settings(cli):
+    from unmask.decode.table import RULES
+
+    code, out, err = cli("policies")
+    assert code == 0 and err == ""
+    lines = out.splitlines()
+    for spec in RULES.values():
+        assert any(line.startswith(spec.name) and spec.title in line and spec.source in line for line in lines)
+        for knob in spec.knobs:
+            assert knob.name in out
+    assert max(map(len, lines)) <= 140
+
+
+def test_policies_shows_one_rule(cli):
+    code, out, _ = cli("policies", "wino")
+    words = " ".join(out.split())
+    assert code == 0 and "arXiv 2507.18578" in words and "a model from unmask.load" in words and "cache='none'" in words
+    for knob in ("wide_in", "narrow_out", "variant"):
+        assert f"\n{knob} " in out
+
+
+def test_policies_on_a_terminal_is_a_table(cli, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "160")
+    out = cli("policies", "eb")[1]
+    assert "gamma" in out and "\u2502" in out
+    monkeypatch.setitem(sys.modules, "rich.console", None)  # as if rich were not installed
+    plain = cli("policies", "eb")[1]
+    assert "gamma" in plain and "\u2502" not in plain
+
+
 def test_threads(cli, folder, threads):
     cli(*generate(folder, "--threads", "2"))
     assert torch.get_num_threads() == 2
@@ -305,6 +376,8 @@ def test_interrupt_prints_what_is_settled(cli, folder, monkeypatch):
         and got["ids"] == [10, 11] + [None] * 10
         and got["finish_reason"] == "interrupted"
         and got["nfe"] == 2
+        and got["settings"]["threshold"] == 0.9
+        and got["settings"]["cache"] == "none"
     )
 
 

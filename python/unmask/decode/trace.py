@@ -1,8 +1,10 @@
 """Trace of a run: one record per forward and row, deltas only.
 
-Record: {"row", "block", "step", "nfe", "committed": [[position, id, score], ...], "edited": [], "masks_left", "ms"}; positions are canvas
-positions, committed in order of (score desc, position asc); step counts from 0 in its block, nfe is the row's forwards so far with this
-one. `write_jsonl` puts a versioned header line before the records.
+Record: {"row", "block", "step", "nfe", "committed": [[position, id, score], ...], "edited": [[position, old id, new id, score], ...], "remasked":
+[[position, old id], ...], "masks_left", "ms"}; positions are canvas positions, committed in order of (score desc, position asc); edited tokens
+were decided and changed, remasked ones were decided and are masks again; step counts from 0 in its block, nfe is the row's forwards so far with
+this one. "filled" (trace="predictions"): the canvas with every prediction, before the commit. `write_jsonl` puts a versioned header line before
+the records.
 
 Records of schedule="daedal" have two more fields, with which a reader can follow an answer that grows. "inserted": [] or [[position, n]]: once
 the commit is done, n masks stand from this position on, in place of the one that was there (what stood behind it moves n - 1 up), or in stage 1,
