@@ -329,17 +329,25 @@ def test_sure_models_are_ordered_in_float64(rule):
 def test_llada_rounds_confidence_to_the_logits(model):
     """LLaDA's softmax has the dtype of the logits: among positions that round to the same value the first one goes first."""
     from unmask.decode.policy import Policy
+    from unmask.decode.rules.base import Run
+    from unmask.decode.schedule import FixedBlocks
+    from unmask.decode.scores import Score
+    from unmask.decode.state import DecodeState
     from unmask.ops import logit_stats
+
+    state = DecodeState([[MASK] * 2], [[False] * 2], MASK, FixedBlocks(2), None, [0], torch.device("cpu"))
+
+    def score(stats, dtype, **options):
+        return Score(Run(Policy("quota", **options), state, MASK))(None, stats, dtype)
 
     x = torch.zeros(2, 50)
     x[:, 3] = torch.tensor([30.0, 31.0])
-    stats, key = logit_stats(x), dict(seed=None, step=None, pos=None)
-    exact = Policy("quota").scores(stats, torch.float32, **key)
-    rounded = Policy("quota", rounded=True).scores(stats, torch.float32, **key)
+    stats = logit_stats(x)
+    exact, rounded = score(stats, torch.float32), score(stats, torch.float32, rounded=True)
     assert exact[0] < exact[1] and rounded[0] == rounded[1] == 1.0
     x[:, 3] = torch.tensor([5.0300, 5.0302])
     stats = logit_stats(x)
-    assert Policy("quota", rounded=True).scores(stats, torch.bfloat16, **key).unique().numel() == 1
+    assert score(stats, torch.bfloat16, rounded=True).unique().numel() == 1
 
 
 def test_nothing_to_generate(model):

@@ -168,7 +168,7 @@ def test_infill_keeps_what_is_given(model):
     assert result.ids == [result.canvas[i] for i in (1, 2, 5, 7)]
     batch = unmask.infill(model, [canvas, [None, 1], [2, 3]], block_size=3, threshold=0.4)
     assert batch[0].canvas == result.canvas and batch[2].canvas == [2, 3] and batch[2].nfe == 0
-    for bad, text in (("abc", "canvas must be"), ([1, "x"], "must be an integer"), ([1, 99], r"must be in 0\.\.60")):
+    for bad, text in (("abc", "a template as text needs a tokenizer"), (7, "canvas must be"), ([1, "x"], "must be an integer"), ([1, 99], r"must be in 0\.\.60")):
         with pytest.raises(unmask.SettingError, match=text):
             unmask.infill(model, bad)
     with pytest.raises(unmask.SettingError, match="unknown setting 'max_new_tokens'"):

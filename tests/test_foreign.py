@@ -94,6 +94,11 @@ def test_overrides_that_the_loop_would_ignore(tmp_path):
     from models_kit import write_checkpoint
 
     write_checkpoint(tmp_path)
-    for overrides in ({"shifted": True}, {"visibility": "block_causal"}, {"block_size": 4}, 5):
-        with pytest.raises(unmask.SettingError):
+    for overrides in ({"visibility": "block_causal"}, {"block_size": 4}, 5):
+        with pytest.raises((unmask.SettingError, unmask.CheckpointError)):
             unmask.load(tmp_path, overrides=overrides)
+    plain, shifted = unmask.load(tmp_path), unmask.load(tmp_path, overrides={"shifted": True})  # the loop does shift, so this one counts
+    r = unmask.infill(shifted, [1, 2, None], block_size=1)
+    z = plain.logits(torch.tensor([[1, 2, plain.config.mask_id]]))[0, 1].clone()
+    z[plain.config.mask_id] = -torch.inf
+    assert r.canvas[2] == int(z.argmax())

@@ -588,7 +588,7 @@ def test_other_illegal_settings(model):
     for call, text in (
         (lambda: log_likelihood("tiny", PROMPT, ANSWER), "model must be a model from unmask.load"),
         (lambda: log_likelihood(Foreign(model), PROMPT, ANSWER), "names no mask token .* pass mask_id="),
-        (lambda: log_likelihood(make(visibility="block_causal"), PROMPT, ANSWER), "visibility must be 'bidirectional'"),
+        (lambda: log_likelihood(make(visibility="block_causal", block_size=4), PROMPT, ANSWER), "visibility must be 'bidirectional'"),
         (lambda: suffix_greedy_prediction(model, PROMPT, []), "answer_ids must hold at least one token"),
         (lambda: suffix_greedy_prediction(model, PROMPT, ANSWER, cfg_scale=-1), "cfg_scale must be a number"),
         (lambda: score_masks([], ids, masks), "models must be at least one model"),

@@ -9,8 +9,10 @@ import torch
 
 import unmask
 from random_models import make
+from unmask.decode.osdt import Table
 from unmask.decode.policy import quota_schedule
 from unmask.decode.state import row_seeds
+from unmask.decode.table import RULES
 
 BAD = [
     (dict(tresh=0.5), "unknown setting 'tresh'; did you mean 'threshold'"),
@@ -27,9 +29,9 @@ BAD = [
     (dict(policy="factor", score="entropy"), r"needs a score in \[0, 1\]"),
     (dict(policy="factor", factor=0), r"factor must be a number in \(0, inf\), got 0"),
     (dict(policy="factor", factor=math.inf), "factor must be a number"),
-    (dict(policy="quota", threshold=0.5), "threshold is for policy='threshold', got policy='quota'"),
+    (dict(policy="quota", threshold=0.5), "threshold is for policy='threshold', 'klass', .*, got policy='quota'; leave it out or change the policy"),
     (dict(policy="quota", steps=0), "steps must be an integer in 1"),
-    (dict(steps=5), "steps is for policy='quota', got policy='threshold'"),
+    (dict(steps=5), "steps is for policy='quota', 'pc', .*, got policy='threshold'"),
     (dict(factor=2.0), "factor is for policy='factor', got policy='threshold'"),
     (dict(factor="abc"), "factor is for policy='factor'"),
     (dict(factor_off_by_one=True), "factor_off_by_one is for policy='factor'"),
@@ -55,9 +57,93 @@ BAD = [
     (dict(stop="x"), "stop needs a tokenizer"),
     (dict(suppress=[99]), r"suppress\[0\] must be an integer in 0..60, got 99"),
     (dict(suppress=5), "suppress must be a list"),
-    (dict(eos_stop="no"), "eos_stop must be True or False"),
+    (dict(eos_stop="no"), "eos_stop must be True, False or 'block', got 'no'"),
     (dict(chat=1), "chat must be True or False"),
+    (dict(trace="all"), "trace must be True, False or 'predictions', got 'all'"),
+    (dict(position_bias=-1), r"position_bias must be a number in \[0, inf\)"),
+    (dict(certainty_sigma=0), r"certainty_sigma must be a number in \(0, inf\)"),
+    (dict(certainty_sigma=2.0, policy="quota", score="entropy"), "certainty_sigma multiplies the score, so it needs one that is not negative"),
+    (dict(certainty_sigma=2.0, policy="dream"), "certainty_sigma multiplies the score"),
+    (dict(top_p=0.0), r"top_p must be a number in \(0, 1\]"),
+    (dict(top_p=1.1), "top_p must be a number"),
+    (dict(top_k=0), "top_k must be an integer >= 1"),
+    (dict(top_k=2.5), "top_k must be an integer"),
+    (dict(top_k_first=1), "top_k_first must be True or False"),
+    (dict(confidence_source="noisy"), "unknown confidence_source 'noisy'"),
+    (dict(repetition_penalty=0), r"repetition_penalty must be a number in \(0, 1e\+06\]"),
+    (dict(logits_eos_inf="yes"), "logits_eos_inf must be True or False"),
+    (dict(confidence_eos_eot_inf=True, policy="quota", score="margin"), "confidence_eos_eot_inf takes the probability of end tokens out of the confidence"),
+    (dict(confidence_eos_eot_inf=True, policy="credit"), "policy='credit' with score='confidence' orders by something else"),
+    (dict(cfg_convention="llda"), "unknown cfg_convention 'llda'; did you mean 'llada'"),
+    (dict(cfg_scale=math.nan), "cfg_scale must be a number"),
+    (dict(cfg_scale=2.0, cfg_convention="dream", cache="prefix"), "cfg_scale needs cache='none'"),
+    (dict(negative_prompt=[1]), "negative_prompt needs guidance: give cfg_scale"),
+    (dict(negative_prompt=[1], cfg_scale=0.0), "negative_prompt needs guidance"),
+    (dict(negative_prompt=[[1], [2]], cfg_scale=1.0), "negative_prompt must be one prompt or one per row, 1 here, got 2"),
+    (dict(negative_prompt=[99], cfg_scale=1.0), r"must be in 0\.\.60, got 99"),
+    (dict(soft_masks=0.5), "soft_masks must be an unmask.SoftMasks, got float"),
+    (dict(schedule="adablok"), "unknown schedule 'adablok'; did you mean 'adablock'"),
+    (dict(delimiters=[1]), "delimiters is for schedule='adablock', got schedule='fixed'"),
+    (dict(delimiter_threshold=0.5), "delimiter_threshold is for schedule='adablock'"),
+    (dict(delimiter_window=0.5), "delimiter_window is for schedule='adablock'"),
+    (dict(schedule="adablock"), "delimiters given as text need a tokenizer"),
+    (dict(schedule="adablock", delimiters=[]), "AdaBlock needs delimiters"),
+    (dict(schedule="adablock", delimiters=5), "delimiters must be a list"),
+    (dict(schedule="adablock", delimiters=[61]), r"delimiters\[0\] must be an integer in 0..60, got 61"),
+    (dict(schedule="adablock", delimiters=[1], delimiter_window=1.5), r"delimiter_window must be a number in \[0, 1\]"),
+    (dict(schedule="adablock", delimiters=[1], delimiter_threshold=math.nan), "delimiter_threshold must be a number"),
+    (dict(schedule="adablock", delimiters=[1], policy="quota", steps=8), "steps needs schedule='fixed'"),
+    (dict(policy="quota", steps=2, block_size=8), "steps must be at least the number of blocks, 4 here"),
+    (dict(policy="sdar_dynamic", steps=2, block_size=8), "steps must be at least the number of blocks, 4 here"),
+    (dict(policy="plackett_luce", steps=2, block_size=8, order_logits=lambda s: s.pos.double()), "steps must be at least the number of blocks"),
+    (dict(policy="pc"), "policy='pc' needs frequencies"),
+    (dict(policy="pc", frequencies=[0.5]), "frequencies must be a float tensor"),
+    (dict(policy="pc", frequencies=torch.ones(61, dtype=torch.int64)), "frequencies must be a float tensor"),
+    (dict(policy="pc", frequencies=torch.full((61,), math.nan)), "frequencies must be finite and not negative"),
+    (dict(policy="pc", frequencies=-torch.ones(61)), "frequencies must be finite and not negative"),
+    (dict(policy="pc", frequencies=torch.ones(60)), "frequencies"),
+    (dict(policy="pc", frequencies="/nowhere/f.safetensors"), "frequencies: cannot read /nowhere/f.safetensors"),
+    (dict(policy="osdt"), "policy='osdt' needs table"),
+    (dict(policy="osdt", table="/nowhere/t.json"), "table: cannot read an OSDT table from /nowhere/t.json"),
+    (dict(policy="osdt", table=5), "table: cannot read an OSDT table"),
+    (dict(policy="plackett_luce"), "policy='plackett_luce' needs order_logits"),
+    (dict(policy="plackett_luce", order_logits=torch.ones(3)), "policy='plackett_luce' needs order_logits"),
+    (dict(policy="credit", temperature=0.5), "policy='credit' needs temperature=0"),
+    (dict(policy="credit", top_p=0.5), "policy='credit' needs temperature=0 and no top_p"),
+    (dict(policy="wino", cache="dual"), "policy='wino' needs cache='none', got cache='dual'"),
+    (dict(policy="wino", cfg_scale=1.0), "policy='wino' does not take guidance"),
+    (dict(policy="remdm", cache="prefix"), "policy='remdm' needs cache='none'"),
+    (dict(policy="remask", cache="dual"), "policy='remask' needs cache='none'"),
+    (dict(policy="remdm", t_on=0.2, t_off=0.5), "t_off must be at most t_on"),
+    (dict(policy="eb", score="random"), "policy='eb' needs a score: entropy, confidence, margin; got score='random'"),
+    (dict(policy="pc", score="confidence", frequencies=torch.ones(61)), "policy='pc' needs a score: pc"),
+    (dict(policy="quota", score="pc"), "policy='quota' needs a score"),
+    (dict(policy="quota", score="dream"), "unknown score 'dream'"),
+    (dict(skip_below=0.5), "skip_below is for policy='dus', got policy='threshold'"),
+    (dict(policy="quota", gamma=0.5), "gamma is for policy='eb', got policy='quota'"),
 ]
+
+
+def of_knobs():
+    """Every knob of every rule: what lies outside its range, and what is not of its kind."""
+    own = {"pc": dict(frequencies=torch.ones(61)), "osdt": dict(table=Table(((0.5,),))), "plackett_luce": dict(order_logits=lambda s: s.pos.double())}
+    for spec in RULES.values():
+        for knob in spec.knobs:
+            wrong = []
+            if knob.kind in ("number", "integer"):
+                wrong = ["a", True, [1], math.nan, knob.low - 1, *([knob.low] if knob.open_low else []), *([] if math.isinf(knob.high) else [knob.high * 2 + 1])]
+                wrong += [2.5] if knob.kind == "integer" else [math.inf]
+            elif knob.kind == "flag":
+                wrong = [1, "yes", None]
+            elif knob.kind == "choice":
+                wrong = ["nonsense", 3]
+            elif knob.name == "threshold":
+                wrong = ["a", True, math.nan, -0.5, 1.5, None]
+            for value in wrong:
+                settings = {"policy": spec.name, **own.get(spec.name, {}), knob.name: value}
+                yield pytest.param(settings, knob.name, id=f"{spec.name}-{knob.name}={value!r}")
+
+
 BAD_PROMPTS = [
     (5, "prompt must be a string, token ids, or a list"),
     (None, "prompt must be a string"),
@@ -79,12 +165,81 @@ def model():
     return make()
 
 
-@pytest.mark.parametrize("settings, text", BAD, ids=[str(b[0]) for b in BAD])
-def test_bad_settings(model, settings, text):
+@pytest.fixture
+def forwards(model):
+    """How often the model was called; none is what every test here wants."""
+    calls = []
+    handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    yield calls
+    handle.remove()
+
+
+@pytest.mark.parametrize("settings, text", BAD, ids=[str(b[0])[:80] for b in BAD])
+def test_bad_settings(model, forwards, settings, text):
     with pytest.raises(unmask.SettingError, match=text):
         unmask.generate(model, [1, 2], **settings)
     with pytest.raises(unmask.SettingError, match=text):
         unmask.stream(model, [1, 2], **settings).__next__()
+    assert not forwards
+
+
+@pytest.mark.parametrize("settings, name", list(of_knobs()))
+def test_bad_knobs(model, forwards, settings, name):
+    """The message names the knob and what was given."""
+    with pytest.raises(unmask.SettingError, match=rf"(unknown )?{name}.*"):
+        unmask.generate(model, [1, 2], **settings)
+    assert not forwards
+
+
+def test_every_knob_takes_its_default(model):
+    given = {"pc": dict(frequencies=torch.ones(61)), "osdt": dict(table=Table(((0.5,),))), "plackett_luce": dict(order_logits=lambda s: s.pos.double())}
+    for name, spec in RULES.items():
+        defaults = {k.name: k.default for k in spec.knobs if k.name not in given.get(name, {})}
+        a = unmask.generate(model, [1, 2], max_new_tokens=6, policy=name, **given.get(name, {}))
+        b = unmask.generate(model, [1, 2], max_new_tokens=6, policy=name, **given.get(name, {}), **defaults)
+        assert a.canvas == b.canvas and a.settings == b.settings
+        assert all(a.settings[k] == v for k, v in defaults.items())
+
+
+def test_what_a_module_lacks():
+    import types
+
+    class Theirs(torch.nn.Module):
+        config = types.SimpleNamespace(mask_token_id=60, vocab_size=61)
+
+        def forward(self, *_, **__):
+            raise AssertionError("a forward ran")
+
+    for settings, text in (
+        (dict(policy="wino"), "policy='wino' needs a model from unmask.load"),
+        (dict(soft_masks=unmask.SoftMasks()), "soft_masks needs a model from unmask.load"),
+        (dict(cache="prefix"), "needs a model from unmask.load"),
+        (dict(logits_eos_inf=True), "logits_eos_inf needs an end-of-sequence id"),
+        (dict(schedule="adablock"), "delimiters given as text need a tokenizer"),
+    ):
+        with pytest.raises(unmask.SettingError, match=text):
+            unmask.generate(Theirs(), [1, 2], **settings)
+
+
+@pytest.mark.parametrize("arguments", [dict(scale=1.5), dict(scale=-0.1), dict(steepness=0), dict(centre=0.5), dict(k=0), dict(k=9), dict(schedule="cosine"), dict(scale=math.nan)], ids=str)
+def test_bad_soft_masks(tmp_path, arguments):
+    with pytest.raises(unmask.SettingError, match=f"soft_masks.{next(iter(arguments))}"):
+        unmask.SoftMasks(**arguments)
+    (tmp_path / "x.safetensors").write_bytes(b"no")
+    for path in (tmp_path / "x.safetensors", tmp_path / "missing.safetensors"):
+        with pytest.raises(unmask.SettingError, match="soft_masks: cannot read"):
+            unmask.SoftMasks.load(path)
+
+
+def test_soft_masks_are_loaded(tmp_path):
+    from safetensors.torch import save_file
+
+    values = dict(scale=torch.tensor(0.25), steepness=torch.tensor([5.0]), centre=torch.tensor(-0.5))
+    save_file(values, tmp_path / "s.safetensors")
+    assert unmask.SoftMasks.load(tmp_path / "s.safetensors", k=2) == unmask.SoftMasks(scale=0.25, steepness=5.0, centre=-0.5, k=2)
+    save_file({n: values[n] for n in ("scale", "centre")}, tmp_path / "t.safetensors")
+    with pytest.raises(unmask.SettingError, match="missing or larger: steepness"):
+        unmask.SoftMasks.load(tmp_path / "t.safetensors")
 
 
 @pytest.mark.parametrize("prompt, text", BAD_PROMPTS, ids=[str(i) for i in range(len(BAD_PROMPTS))])

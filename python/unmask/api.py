@@ -99,7 +99,7 @@ def infill(model: Model | torch.nn.Module | str | Path, canvas: Any, *, prompt: 
     chosen = Settings.from_kwargs({"eos_stop": False, **settings}, forbidden=("max_new_tokens",))
     loaded = _model(model)
     prompts, fields = read_templates(canvas, prompt, loaded, chosen)
-    return _Run(loaded, prompts, chosen, quiet=True, fields=fields).result()
+    return _Run(loaded, prompts, chosen, quiet=True, fields=fields, whole=True).result()
 
 
 def policies() -> str:
@@ -116,19 +116,23 @@ def _model(model: Model | torch.nn.Module | str | Path) -> Model | Foreign:
 
 
 class _Run:
-    """One generation. Everything is checked when it is built; `events` then decodes."""
+    """One generation. Everything is checked when it is built; `events` then decodes. whole: canvases are as long as they should be."""
 
-    def __init__(self, model: Model | Foreign, prompts: Prompts, settings: Settings, quiet: bool, fields: Fields | None = None):
+    def __init__(self, model: Model | Foreign, prompts: Prompts, settings: Settings, quiet: bool, fields: Fields | None = None, whole: bool = False):
         self.began = time.perf_counter()
-        self.model, self.prompts, self.settings, self.quiet = model, prompts, settings, quiet
         config = model.config
+        settings.check_visibility(config)
+        self.cache = settings.cache_for(config) if isinstance(model, Model) else settings.cache or "none"
+        if config.visibility == "block_causal" and not whole:
+            prompts = prompts.filled_up(config.block_size, config.mask_id)
+        self.model, self.prompts, self.settings, self.quiet = model, prompts, settings, quiet
         self.resolved = settings.resolved(model)
         seeds = settings.row_seeds(len(prompts.canvases))
         policy = settings.policy_for(config)
         _check_needs(policy.spec, model)
         schedule = settings.block_schedule(model)
         self.state = DecodeState(
-            prompts.canvases, prompts.given, config.mask_id, schedule, settings.steps_for_quota(prompts), seeds, model.device
+            prompts.canvases, prompts.given, config.mask_id, schedule, settings.steps_for_quota(prompts, schedule), seeds, model.device
         )
         eos_ids = config.eos_ids if settings.eos_stop else ()
         self.stop = _StopStrings(self.state, model.tokenizer, settings.stop, eos_ids) if settings.stop else None
@@ -136,7 +140,7 @@ class _Run:
             self.state,
             self._backend(policy),
             policy,
-            cache=settings.cache,
+            cache=self.cache,
             eos_ids=eos_ids,
             eos_at_block_end=settings.eos_stop == "block",
             on_invalid=settings.on_invalid,
@@ -163,8 +167,8 @@ class _Run:
             shadow = shadow_slots(policy, self.state)
             soft = settings.soft_masks.start(self.state, mask_id) if settings.soft_masks is not None else None
             return NativeBackend(model, self.state, mask_id, guidance, shadow, soft)
-        if settings.cache != "none":
-            raise SettingError(f"cache={settings.cache!r} needs a model from unmask.load; {model.name} can only run with cache='none'")
+        if self.cache != "none":
+            raise SettingError(f"cache={self.cache!r} needs a model from unmask.load; {model.name} can only run with cache='none'")
         if settings.soft_masks is not None:
             raise SettingError(f"soft_masks needs a model from unmask.load; {model.name} takes token ids, not embeddings")
         if settings.schedule == "daedal":
@@ -207,10 +211,11 @@ class _Run:
 
     def _row_result(self, row: Row, seconds: float, trace: list[dict[str, Any]] | None) -> Result:
         config, settings, tokenizer = self.model.config, self.settings, self.model.tokenizer
-        canvas = _canvas(self.state, row.index)
-        masked = self.state.masked[row.index, : row.end].tolist()
+        end = row.end - (self.prompts.surplus[row.index] if self.prompts.surplus else 0)
+        canvas = _canvas(self.state, row.index)[:end]
+        masked = self.state.masked[row.index, :end].tolist()
         given = self.prompts.given[row.index]
-        made = [i for i in range(row.end) if not given[i]]
+        made = [i for i in range(end) if not given[i]]
         first_eos = next((i for i in made if canvas[i] in config.eos_ids and not masked[i]), None)
         decided = [i for i in made if not masked[i]]
         if settings.eos_stop and first_eos is not None and row.finish_reason != "invalid":
@@ -298,9 +303,7 @@ def _check_needs(spec: RuleSpec, model: Model | Foreign) -> None:
 
 def _check_decodable(config: ModelConfig, overrides: Mapping[str, Any]) -> None:
     """What this release's loop cannot do must not look as if it did."""
-    if config.visibility != "bidirectional":
-        raise SettingError(f"visibility must be 'bidirectional' in this release, got {config.visibility!r}")
-    if overrides.get("block_size") is not None:
+    if config.visibility == "bidirectional" and overrides.get("block_size") is not None:
         raise SettingError("block_size is a setting of generate, not of the model, for this family: generate(..., block_size=...)")
 
 

@@ -22,12 +22,21 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """canvases: ids per row (any id at holes); given: True where a position must stay; single: one prompt was passed, not a list."""
+    """canvases: ids per row (any id at holes); given: True where a position must stay; single: one prompt was passed, not a list. surplus:
+    positions at each canvas's end that are decoded only to fill a block, and cut from the result."""
 
     canvases: list[list[int]]
     given: list[list[bool]]
     prompt_ids: list[list[int]]
     single: bool
+    surplus: tuple[int, ...] = ()
+
+    def filled_up(self, size: int, mask_id: int) -> Prompts:
+        """The same with canvases that end at a multiple of `size`: block-causal models are trained on whole blocks."""
+        more = tuple(-len(c) % size if False in g else 0 for c, g in zip(self.canvases, self.given, strict=True))
+        canvases = [c + [mask_id] * n for c, n in zip(self.canvases, more, strict=True)]
+        given = [g + [False] * n for g, n in zip(self.given, more, strict=True)]
+        return dataclasses.replace(self, canvases=canvases, given=given, surplus=more)
 
 
 def read_prompts(prompt: Any, model: Model | Foreign, settings: Settings) -> Prompts:

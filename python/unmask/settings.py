@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .decode import daedal_knobs
-from .decode.cache import CACHES, is_exact
+from .decode.cache import ALLOWED, CACHES, default_cache, is_exact
 from .decode.policy import MAX_TEMPERATURE, Policy
-from .decode.schedule import AdaBlock, FixedBlocks
+from .decode.schedule import AdaBlock, AlignedBlocks, FixedBlocks
 from .decode.soft import SoftMasks
 from .decode.state import row_seeds
 from .decode.table import KNOBS, POLICIES, RULES, RuleSpec
@@ -30,7 +30,7 @@ class Settings:
     """Settings of one generation.
 
     max_new_tokens: positions to fill after the prompt (default 32). block_size: positions denoised together, left to right block by
-    block (default 32; larger than max_new_tokens = one block).
+    block (default 32, or the length that a block-causal model was trained with, of which it must be a divisor or a multiple).
     policy: the decoding rule, "threshold" by default; every rule, its source and its own settings: `unmask.policies()` or docs/policies.md.
     Settings of a rule (threshold, steps, factor, gamma, ...) are given by name beside these ones; one that belongs to another rule raises.
     score: what orders positions, "confidence", "margin", "entropy", "random", "leftmost" (each rule says which it takes), or a function of a
@@ -49,7 +49,8 @@ class Settings:
     cfg_scale: classifier-free guidance; cfg_convention "llada": logits u + (w + 1)(c - u), 0 = off; "dream": u + w (c - u), 1 = off.
     negative_prompt: text or ids that stand in the unconditional input instead of the masked prompt.
     soft_masks: an unmask.SoftMasks: masks carry a mix of the embeddings of their likeliest tokens (arXiv 2510.17206).
-    cache: "none" (default: exact), "prefix", "dual" (approximate on bidirectional models of more than one layer).
+    cache: by default the exact one: "none", or "block" (finished blocks) for block-causal models. "prefix", "dual": approximate on
+    bidirectional models of more than one layer; "dual" on a block-causal one forwards the part being decoded alone (Fast-dLLM v2).
     seed: one integer, row i uses hash(seed, i); seeds: one per row instead. eos_stop: end a row, and cut it, at its first EOS;
     "block" ends it only where a block ends.
     stop: a string or up to 16 strings that end and cut the text. chat: the prompt is a user message or a list of messages.
@@ -58,7 +59,7 @@ class Settings:
     """
 
     max_new_tokens: int = 32
-    block_size: int = 32
+    block_size: int | None = None
     policy: str = "threshold"
     score: str | Callable[..., Any] | None = None
     position_bias: float = 0.0
@@ -80,7 +81,7 @@ class Settings:
     cfg_convention: str = "llada"
     negative_prompt: Any = None
     soft_masks: SoftMasks | None = None
-    cache: str = "none"
+    cache: str | None = None
     seed: int = 0
     seeds: tuple[int, ...] | None = None
     eos_stop: bool | str = True
@@ -115,10 +116,11 @@ class Settings:
 
     def __post_init__(self):
         integer("max_new_tokens", self.max_new_tokens, 0, 1 << 20)
-        integer("block_size", self.block_size, 1, 1 << 20)
+        if self.block_size is not None:
+            integer("block_size", self.block_size, 1, 1 << 20)
         check_names("policy", [self.policy], POLICIES)
         check_names("schedule", [self.schedule], SCHEDULES)
-        check_names("cache", [self.cache], CACHES)
+        check_names("cache", [] if self.cache is None else [self.cache], CACHES)
         check_names("on_invalid", [self.on_invalid], ("raise", "skip"))
         check_names("confidence_source", [self.confidence_source], ("clean", "tempered"))
         check_names("cfg_convention", [self.cfg_convention], ("llada", "dream"))
@@ -139,11 +141,11 @@ class Settings:
             number("cfg_scale", self.cfg_scale, 0.0, 1e30)
         if self.negative_prompt is not None and self.guidance_weight is None:
             raise SettingError("negative_prompt needs guidance: give cfg_scale")
-        if self.guidance_weight is not None and self.cache != "none":
+        if self.guidance_weight is not None and self.cache not in (None, "none", "block"):
             raise SettingError(f"cfg_scale needs cache='none', got cache={self.cache!r}")
         if self.guidance_weight is not None and "no guidance" in self._spec.needs:
             raise SettingError(f"policy={self.policy!r} does not take guidance; leave cfg_scale out")
-        if self.cache != "none" and "no cache" in self._spec.needs:
+        if self.cache in ("prefix", "dual") and "no cache" in self._spec.needs:
             raise SettingError(f"policy={self.policy!r} needs cache='none', got cache={self.cache!r}: it changes tokens whose K/V a cache would keep")
         integer("seed", self.seed, -(1 << 63), (1 << 64) - 1)
         for i, s in enumerate(self.seeds or ()):
@@ -199,16 +201,41 @@ class Settings:
         suppress = tuple(dict.fromkeys((*self.suppress, *(ends if self.logits_eos_inf else ()))))
         return self._policy(suppress, ends if self.confidence_eos_eot_inf else ())
 
+    def block_length(self, config: ModelConfig) -> int:
+        """block_size as it takes effect; raises SettingError for one that a block-causal model's blocks do not fit."""
+        trained = config.block_size if config.visibility == "block_causal" else None
+        size = self.block_size if self.block_size is not None else trained or 32
+        if trained and size % trained and trained % size:
+            raise SettingError(f"block_size must be a divisor or a multiple of the model's {trained}, got {size}")
+        return size
+
+    def cache_for(self, config: ModelConfig) -> str:
+        """cache as it takes effect; raises SettingError for one that the model's attention does not allow."""
+        name = default_cache(config.visibility) if self.cache is None else self.cache
+        allowed = ALLOWED[config.visibility]
+        if name not in allowed:
+            raise SettingError(f"cache must be one of {', '.join(allowed)} for a {config.visibility.replace('_', '-')} model, got {name!r}")
+        return name
+
+    def check_visibility(self, config: ModelConfig) -> None:
+        """What a block-causal model's attention rules out."""
+        if config.visibility == "bidirectional":
+            return
+        for setting, wrong in (("schedule", self.schedule != "fixed"), ("policy", self.policy == "wino"), ("negative_prompt", self.negative_prompt is not None)):
+            if wrong:
+                raise SettingError(f"{setting}={getattr(self, setting)!r} needs a bidirectional model, got a block-causal one ({config.family})")
+
     def block_schedule(self, model: Model | Foreign) -> FixedBlocks:
         """Where blocks end; delimiters given as text are looked up in the model's tokenizer."""
+        size = self.block_length(model.config)
         if self.schedule != "adablock":
-            return FixedBlocks(self.block_size)
+            return AlignedBlocks(size) if model.config.visibility == "block_causal" else FixedBlocks(size)
         given = self.delimiters if self.delimiters is not None else ("\n",)
         ids = [self._delimiter(d, model) for d in given]
         for i, d in enumerate(ids):
             integer(f"delimiters[{i}]", d, 0, model.config.vocab_size - 1)
         threshold = 0.3 if self.delimiter_threshold is None else self.delimiter_threshold
-        return AdaBlock(self.block_size, tuple(ids), threshold, 0.25 if self.delimiter_window is None else self.delimiter_window)
+        return AdaBlock(size, tuple(ids), threshold, 0.25 if self.delimiter_window is None else self.delimiter_window)
 
     @staticmethod
     def _delimiter(given: int | str, model: Model | Foreign) -> int:
@@ -221,18 +248,18 @@ class Settings:
             raise SettingError(f"delimiter {given!r} must be one token, its tokens are {ids}; give the ids themselves: delimiters={ids or '[...]'}")
         return ids[0]
 
-    def steps_for_quota(self, prompts: Prompts) -> int | None:
+    def steps_for_quota(self, prompts: Prompts, schedule: FixedBlocks) -> int | None:
         """Forwards in all for rules with a quota; None = one position per forward. Every block of every row needs at least one."""
         steps = self.knobs.get("steps")
         if steps is None or not self._spec.uses_steps:
             return None
         for given in prompts.given:
-            region = len(given) - given.index(False) if False in given else 0
-            blocks = FixedBlocks(self.block_size).count(0, region)
+            start = given.index(False) if False in given else len(given)
+            blocks = schedule.count(start, len(given))
             if steps < blocks:
                 raise SettingError(
-                    f"steps must be at least the number of blocks, {blocks} here ({region} positions in blocks of {self.block_size}), "
-                    f"got {steps}"
+                    f"steps must be at least the number of blocks, {blocks} here ({len(given) - start} positions in blocks of "
+                    f"{schedule.block_size}), got {steps}"
                 )
         return steps
 
@@ -254,7 +281,8 @@ class Settings:
         if self.schedule != "adablock":
             for name in ("delimiters", "delimiter_threshold", "delimiter_window"):
                 del values[name]
-        exact = is_exact(self.cache, model.config.visibility, model.config.n_layers)
+        values["block_size"], values["cache"] = self.block_length(model.config), self.cache_for(model.config)
+        exact = is_exact(values["cache"], model.config.visibility, model.config.n_layers)
         values.update(
             model=model.name, dtype=str(model.dtype).removeprefix("torch."), device=str(model.device), isa=isa(),
             linear_weights=model.format, exact=exact,

@@ -117,6 +117,7 @@ class NativeBackend:
         self.cache = model.new_cache(b * (2 if guidance else 1), longest + extra_slots)
         self.forbid = torch.tensor([mask_id], device=state.canvas.device)
         self.shifted = model.config.shifted
+        self.attention_block = model.config.block_size if model.config.visibility == "block_causal" else None
         self.keep_logits = False
         self.kept: Kept | None = None
         self._plan: Plan | None = None
@@ -191,7 +192,7 @@ class NativeBackend:
     def _packed(self, plan: Plan) -> Forward:
         n, b = plan.flat.shape[0], self.state.canvas.shape[0]
         device = plan.flat.device
-        ends = torch.tensor([self.state.rows[r].end for r, *_ in plan.entries], device=device)
+        ends = visible_ends(self.state, plan, self.attention_block).to(device)
         row, pos, cu_q, kv_row = [plan.token_row], [plan.token_pos], [plan.cu_q], [plan.row]
         spans = [ends]
         self._null = None
@@ -201,7 +202,7 @@ class NativeBackend:
             pos.append(self._null.token_pos)
             cu_q.append(self._null.cu[1:] + n)
             kv_row.append(plan.row + b)
-            spans.append(self._null.ends)
+            spans.append(ends if self.attention_block else self._null.ends)
         tokens = sum(r.shape[0] for r in row)
         total = pad_rows(tokens)
         row.append(torch.full((total - tokens,), -1, dtype=torch.int64, device=device))
@@ -210,7 +211,16 @@ class NativeBackend:
         seg = torch.stack([torch.zeros_like(end), end], dim=1).unsqueeze(1)
         position = torch.cat(pos)
         ids = torch.zeros(total, dtype=torch.int64, device=device)
-        return Forward(ids, torch.cat(row), position, position, torch.cat(cu_q), torch.cat(kv_row), seg)
+        q_end = None if self.attention_block is None else (position // self.attention_block + 1) * self.attention_block
+        return Forward(ids, torch.cat(row), position, position, torch.cat(cu_q), torch.cat(kv_row), seg, q_end)
+
+
+def visible_ends(state: DecodeState, plan: Plan, attention_block: int | None) -> torch.Tensor:
+    """int64 [B]: keys that exist for each entry: its canvas, or in a block-causal model what has been forwarded, up to the attention block's
+    end (each token's own end then stands in q_end)."""
+    if attention_block is None:
+        return torch.tensor([state.rows[r].end for r, *_ in plan.entries])
+    return torch.tensor([min(-(-e // attention_block) * attention_block, state.rows[r].end) for r, _, e, _, _ in plan.entries])
 
 
 class _NullEntries:
@@ -309,6 +319,7 @@ class ModuleBackend:
             raise SettingError("negative_prompt needs a model from unmask.load: a module's rows must be equally long")
         self.forbid = torch.tensor([mask_id], device=state.canvas.device)
         self.vocab = -1
+        self.attention_block = None
         self.shifted = shifted
         self.keep_logits = False
         self.kept: Kept | None = None

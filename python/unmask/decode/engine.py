@@ -13,7 +13,7 @@ from .. import ops
 from ..errors import SettingError
 from ..ops import LogitStats
 from .backend import Plan, make_plan
-from .cache import window
+from .cache import attention_block, causal_window, window
 from .invalid import report_invalid
 from .policy import Policy
 from .rules.base import Run, Selection, StepView
@@ -26,6 +26,7 @@ class Backend(Protocol):
 
     shifted: bool
     keep_logits: bool
+    attention_block: int | None  # length of the blocks of a block-causal model
 
     @property
     def logits_dtype(self) -> torch.dtype: ...
@@ -67,14 +68,15 @@ class StepRecord:
 class Engine:
     """Runs a DecodeState to its end.
 
-    cache: none | prefix | dual. eos_ids: ids that end a row once every position before them is decided; empty = never.
+    cache: none | prefix | dual | block (decode/cache.py). eos_ids: ids that end a row once every position before them is decided; empty = never.
     eos_at_block_end: only when the row's block is done.
     min_steps: forwards that a block takes at least (the authors' loops run some that commit nothing); max_steps: forwards after which a
     block ends even with masks left (None: no limit). on_invalid: raise | skip. settled: called after a step with a row whose decided
     prefix may have grown; returns a finish reason or None (stop strings). after_commit: called once the step's tokens are written (templates
     settle their fields there). predictions: records hold the canvas filled with every prediction. shifted_window: how a cached window takes
     account of shifted logits: "extended" begins one position earlier, so that every candidate is predicted by the right token; "block"
-    does not, and its first position predicts itself (Fast-dLLM's Dream); "moved" begins and ends one earlier (d2Cache).
+    does not, and its first position predicts itself (Fast-dLLM's Dream); "moved" begins and ends one earlier (d2Cache). block_done: called
+    with a row whose block is done, before it moves on (the authors' loops store a finished block by a forward of its own there).
     """
 
     state: DecodeState
@@ -91,6 +93,7 @@ class Engine:
     record: bool = False
     predictions: bool = False
     shifted_window: str = "extended"
+    block_done: Callable[[Row], None] | None = None
 
     def __post_init__(self):
         if self.on_invalid not in ("raise", "skip"):
@@ -106,6 +109,7 @@ class Engine:
         self.rule = policy.lower(run)
         self.backend.keep_logits = self.rule.wants_logits
         self._score = Score(run)
+        self._size = self.backend.attention_block
         self._soft = getattr(self.backend, "soft", None)
         moved = self.shifted_window == "moved" or policy.knobs.get("variant") == "d2cache"
         self._lag = 1 if self.backend.shifted and (moved or self.shifted_window == "extended") else 0
@@ -126,7 +130,10 @@ class Engine:
         """The plan of a step; rows mostly stay in the same windows, so the last few are kept."""
         entries = []
         for r in rows:
-            start, end = window(self.cache, r.step == 0, r.block_start, r.block_end, r.end)
+            if self._size is None:
+                start, end = window(self.cache, r.step == 0, r.block_start, r.block_end, r.end)
+            else:
+                start, end = causal_window(self.cache, r, self._size)
             if start:
                 start, end = start - self._lag, end - self._cut
             first, last = candidates(r)
@@ -281,6 +288,8 @@ class Engine:
         for entry, row in enumerate(rows):
             row.nfe += 1
             row.step += 1
+            if self._size is not None:
+                row.stored = row.opened = attention_block(row, self._size)[0]
             if not row.active:
                 continue
             limit = self.max_steps(row)
@@ -291,7 +300,12 @@ class Engine:
             elif over[entry] and (done or not (rule.revises or self.eos_at_block_end)):
                 row.finish_reason = "eos"
             elif done:
+                if self.block_done is not None:
+                    self.block_done(row)
                 self.state.next_block(row)
+        if self._size is not None and self.cache == "dual":
+            for row in self.state.active:
+                row.first_known = not bool(self.state.masked[row.index, row.block_start])
         return commits
 
     def _eos_reached(self, plan: Plan) -> torch.Tensor:

@@ -3,6 +3,7 @@
 | schedule | a block ends | source |
 |---|---|---|
 | FixedBlocks | after block_size positions | LLaDA, arXiv 2502.09992 |
+| AlignedBlocks | at the next multiple of block_size: a prompt's remainder shares the first block | SDAR, LLaDA2, Fast-dLLM v2 |
 | AdaBlock | behind the most confident predicted delimiter near its start, else after block_size positions | arXiv 2509.26432 |
 
 The last block is shorter where the length does not divide.
@@ -42,6 +43,17 @@ class FixedBlocks:
     def look(self, row: Row) -> int:
         """End of the positions whose statistics the block's first step needs."""
         return row.block_end
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignedBlocks(FixedBlocks):
+    """Blocks that end at absolute multiples of `block_size`, as block-causal models are trained with."""
+
+    def count(self, start: int, end: int) -> int:
+        return -(-end // self.block_size) - start // self.block_size
+
+    def next_end(self, start: int, end: int) -> int:
+        return min((start // self.block_size + 1) * self.block_size, end)
 
 
 @dataclasses.dataclass(frozen=True)

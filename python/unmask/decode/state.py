@@ -40,6 +40,9 @@ class Row:
     block_end: int = 0
     step: int = 0  # steps done in this block
     masks: int = 0  # undecided positions when the block began
+    stored: int = 0  # block-causal models: K/V of positions before it are final
+    opened: int = -1  # start of the attention block that has been forwarded whole
+    first_known: bool = False  # whether the block's first position is decided
     nfe: int = 0
     quotas: list[int] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
@@ -97,7 +100,7 @@ class DecodeState:
                 row.finish_reason = "length"
                 return
             row.block += 1
-            row.block_start, row.step = row.block_end, 0
+            row.block_start, row.step, row.first_known = row.block_end, 0, False
             self.settle_block(row, self.schedule.next_end(row.block_start, row.end))
             if row.masks:  # an adaptive end never leaves a block without any: it stands behind an undecided position
                 return
