@@ -1,4 +1,4 @@
-"""The one Transformer backbone: RMSNorm, attention over a K/V cache, SwiGLU. Families differ by config only.
+"""The one Transformer backbone: RMSNorm, attention over a K/V cache, SwiGLU or a mixture of experts. Families differ by config only.
 
 A forward takes a packed list of T query tokens (`Forward`), not a padded batch: rows bring their whole canvas, a block, or nothing, so
 refreshes, block steps and rows of unequal length share one forward. K and V of the tokens are written into the cache by the same op that
@@ -13,8 +13,10 @@ from collections.abc import Mapping
 import torch
 
 from .. import ops
-from ..ops.linear import Format, Linear, pad_rows
+from ..ops.linear import Format, pad_rows
 from .config import ModelConfig
+from .layer_weights import LayerWeights
+from .moe import MoE, SwiGLU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,20 +64,26 @@ class KVCache:
 
 
 class Layer(torch.nn.Module):
-    """Pre-norm attention + SwiGLU. q/k/v and gate/up are one product each."""
+    """Pre-norm attention + SwiGLU or a mixture of experts. q/k/v and gate/up are one product each.
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, torch.Tensor], format: Format):
+    weights: by canonical name, or already packed (then `format` is theirs); a layer with a `router` is a mixture.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, torch.Tensor] | LayerWeights, format: Format):
         super().__init__()
         self.config = config
-        bias = None
-        if config.qkv_bias:
-            bias = torch.cat([weights["q_bias"], weights["k_bias"], weights["v_bias"]])
-        self.qkv = Linear(torch.cat([weights["q"], weights["k"], weights["v"]]), format, bias)
-        self.o = Linear(weights["o"], format)
-        self.gate_up = Linear(torch.cat([weights["gate"], weights["up"]]), format)
-        self.down = Linear(weights["down"], format)
-        self.attn_norm, self.mlp_norm = weights["attn_norm"], weights["mlp_norm"]
-        self.q_norm, self.k_norm = weights.get("q_norm"), weights.get("k_norm")
+        w = weights if isinstance(weights, LayerWeights) else LayerWeights.of(config, format, weights)
+        assert not w.missing, f"these tensors have not come: {sorted(w.missing)}"
+        self.qkv, self.o = w.linears["qkv"], w.linears["o"]
+        self.mlp: SwiGLU | MoE
+        if "router" in w.tensors:
+            assert config.experts is not None and w.experts is not None
+            shared = SwiGLU(w.linears["shared_gate_up"], w.linears["shared_down"]) if "shared_down" in w.linears else None
+            self.mlp = MoE(config.experts, w.tensors["router"], w.tensors.get("router_bias"), w.experts, shared, format)
+        else:
+            self.mlp = SwiGLU(w.linears["gate_up"], w.linears["down"])
+        self.attn_norm, self.mlp_norm = w.tensors["attn_norm"], w.tensors["mlp_norm"]
+        self.q_norm, self.k_norm = w.tensors.get("q_norm"), w.tensors.get("k_norm")
         self.scale = config.head_dim**-0.5
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, f: Forward, kv, inv_freq: torch.Tensor, status) -> torch.Tensor:
@@ -93,7 +101,7 @@ class Layer(torch.nn.Module):
             q, k_cache, v_cache, f.cu_q, f.kv_row, f.seg, q_end=f.q_end, mask=f.mask, scale=self.scale, status=entry_status
         )
         y = ops.add_rms_norm(residual, self.o(out.view(-1, hq * d)), self.mlp_norm, c.norm_eps)
-        return self.down(ops.silu_mul(self.gate_up(y)))
+        return self.mlp(y, f.row)
 
 
 class Backbone(torch.nn.Module):
@@ -127,8 +135,11 @@ class Backbone(torch.nn.Module):
         return hidden
 
 
-def full_forward(ids: torch.Tensor) -> Forward:
-    """Every row of ids [B, L] as one packed, uncached, fully visible forward (K/V slots = positions)."""
+def full_forward(ids: torch.Tensor, block_size: int | None = None) -> Forward:
+    """Every row of ids [B, L] as one packed, uncached forward (K/V slots = positions).
+
+    block_size: None: every position sees the whole row; else block-causal, a position sees all positions before the end of its block.
+    """
     b, length = ids.shape
     t, padded = b * length, pad_rows(b * length)
     device = ids.device
@@ -140,4 +151,5 @@ def full_forward(ids: torch.Tensor) -> Forward:
     pos[:t] = torch.arange(length, device=device).repeat(b)
     rows = torch.arange(b, device=device)
     seg = torch.tensor([[[0, length]]], device=device).expand(b, 1, 2)
-    return Forward(flat, row, pos, pos, torch.arange(b + 1, device=device) * length, rows, seg)
+    q_end = None if block_size is None else (pos // block_size + 1) * block_size  # beyond the row's end: up to its end
+    return Forward(flat, row, pos, pos, torch.arange(b + 1, device=device) * length, rows, seg, q_end)

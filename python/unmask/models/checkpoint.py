@@ -7,7 +7,9 @@ needs about one model's memory. Files are read by the `safetensors` library alon
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +40,10 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
 
+FP32_NAMES = ("router", "router_bias")
+"""Tensors of a layer that are loaded in float32 whatever the model's dtype: routing is computed in it, and a rounded bias would
+choose other experts."""
+
 _PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _CHUNK_BYTES = 64 << 20
 """Larger tensors are read in pieces: else pages of the mapped file would add a second copy to the memory in use."""
@@ -66,7 +72,9 @@ class CheckpointInfo:
         config: the model.
         files: weight files, in name order.
         tensors: canonical name -> stored tensor, in the order of the family's weight map: embed,
-            layers.{i}.{attn_norm,q,k,v,o,mlp_norm,gate,up,down} (+ {q,k,v}_bias, {q,k}_norm), final_norm, head.
+            layers.{i}.{attn_norm,q,k,v,o,mlp_norm,gate,up,down} (+ {q,k,v}_bias, {q,k}_norm), final_norm, head. `qkv` stands for
+            q, k and v where they are one tensor. A mixture has router (+ router_bias), experts.{e}.{gate,up,down} and
+            shared_{gate,up,down} in place of gate, up and down.
         stored_dtype: "float32", "bfloat16" or "float16": the one that holds most bytes.
     """
 
@@ -125,7 +133,7 @@ def inspect(
 def load_tensors(
     info: CheckpointInfo, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (canonical name, tensor), each contiguous, owned by the caller, of `dtype` and on `device`.
+    """Yield (canonical name, tensor), each contiguous, owned by the caller, of `dtype` (FP32_NAMES: float32) and on `device`.
 
     Tensors come file by file. Beyond what the caller keeps, at most one tensor and 64 MB of mapped file are alive.
 
@@ -375,33 +383,80 @@ def _match(
 def _stream(
     info: CheckpointInfo, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    for file in info.files:
-        for canonical, tensor in info.tensors.items():
-            if tensor.file == file:
-                yield canonical, _read(tensor, dtype, device)
-
-
-def _read(tensor: StoredTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """One tensor. The file is opened anew for each piece: closing it drops its mapped pages from the memory in use."""
     import torch
-    from safetensors import SafetensorError, safe_open
+
+    for file in info.files:
+        mapped = _Mapped(file)
+        try:
+            for canonical, tensor in info.tensors.items():
+                if tensor.file == file:
+                    kept = torch.float32 if canonical.rpartition(".")[2] in FP32_NAMES else dtype
+                    yield canonical, _read(mapped, tensor, kept, device)
+        finally:
+            mapped.close()
+
+
+class _Mapped:
+    """An open weight file. It is opened anew after _CHUNK_BYTES: closing it drops its mapped pages from the memory in use, and reading its
+    header for every tensor would take minutes for a file of thousands of experts. A file that has changed since is opened anew at once.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        self._opened: Any = None
+        self._stamp: tuple[int, ...] = ()
+        self._bytes = 0
+
+    def open(self, n_bytes: int) -> Any:
+        """The file, for reading `n_bytes` of it."""
+        from safetensors import safe_open
+
+        found = self.file.stat()
+        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        if self._opened is None or stamp != self._stamp or self._bytes + n_bytes > _CHUNK_BYTES:
+            self.close()
+            self._opened = safe_open(self.file, framework="pt").__enter__()
+            self._stamp, self._bytes = stamp, 0
+        self._bytes += n_bytes
+        return self._opened
+
+    def close(self) -> None:
+        if self._opened is not None:
+            self._opened.__exit__(None, None, None)
+            self._opened = None
+            _trim()
+
+
+def _trim() -> None:
+    """Gives freed memory back to the system (glibc; elsewhere nothing): between the packed weights of thousands of experts lie the holes
+    that their unpacked tensors left, a quarter of the model, and malloc keeps those until it is asked.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def _read(mapped: _Mapped, tensor: StoredTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """One tensor; one beyond _CHUNK_BYTES in pieces."""
+    import torch
+    from safetensors import SafetensorError
 
     out = torch.empty(tensor.shape, dtype=dtype, device=device)
     rows = tensor.shape[0]
     step = max(1, rows * _CHUNK_BYTES // tensor.n_bytes)
     try:
         for start in range(0, rows, step):
-            with safe_open(tensor.file, framework="pt") as file:
-                view = file.get_slice(tensor.name)
-                if tuple(view.get_shape()) != tensor.shape or view.get_dtype() != tensor.dtype:
-                    raise CheckpointError(
-                        f"cannot load {tensor.file}", f"tensor {tensor.name} changed while loading"
-                    )
-                if step >= rows:
-                    out.copy_(file.get_tensor(tensor.name))
-                else:
-                    stop = min(rows, start + step)
-                    out[start:stop].copy_(view[start:stop])
+            stop = min(rows, start + step)
+            file = mapped.open(tensor.n_bytes * (stop - start) // rows)
+            view = file.get_slice(tensor.name)
+            if tuple(view.get_shape()) != tensor.shape or view.get_dtype() != tensor.dtype:
+                raise CheckpointError(
+                    f"cannot load {tensor.file}", f"tensor {tensor.name} changed while loading"
+                )
+            if step >= rows:
+                out.copy_(file.get_tensor(tensor.name))
+            else:
+                out[start:stop].copy_(view[start:stop])
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"cannot load {tensor.file}", f"the file changed while loading: {error}"

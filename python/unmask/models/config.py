@@ -301,7 +301,7 @@ class Fields:
         if value is None:
             if default is None:
                 self.problems.append(f"{name} is missing")
-            return default or 1
+            return 1 if default is None else default
         bad = number_problems(name, value, int, *(LIMITS | BLOCK_LIMIT | EXPERT_LIMITS | _COUNTS)[limit])
         self.problems.extend(bad)
         return 1 if bad else value

@@ -4,6 +4,11 @@ A Llama-shaped transformer without any mask: every position sees every other one
 defaults and weight names as in the authors' configuration_llada.py and modeling_llada.py (ML-GSAI/LLaDA): `ff_proj` is
 the gate, `ff_out` of a block is down, `ff_out` beside `wte` is the head. Options of that code which no released
 checkpoint uses are refused by name, never ignored.
+
+Longer contexts (LongLLaDA, arXiv 2506.14429; UltraLLaDA, arXiv 2510.10481) are static NTK scaling: a larger base and nothing else. Their
+public evaluation code multiplies the config's rope_theta by a factor, 1 for UltraLLaDA, whose files bring the larger base themselves. So
+such a checkpoint needs no more than its rope_theta, and load(..., overrides={"rope_theta": ...}) scales another one. No public file says
+what a `rope_scaling` would mean in this class, so that field stays refused.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from . import qwen
-from .config import Experts, Fields, ModelConfig, WeightSpec
+from .config import Experts, Fields, ModelConfig, WeightSpec, shown
 from .qwen import is_ignored
 
 __all__ = ["is_ignored", "read_config", "weight_map"]
@@ -24,7 +24,7 @@ MODEL_TYPES = ("llada2_moe",)
 ARCHITECTURES = ("LLaDA2MoeModelLM", "LLaDA2MoeModel")
 PREFIX = qwen.PREFIX
 
-MERGED = "it marks a checkpoint whose experts are merged into one tensor per layer (dFactory); split it first with dFactory's moe_convertor.py --mode split"
+MERGED = "it marks a checkpoint whose experts are merged into one tensor per layer (dFactory); convert it back to one tensor per expert first"
 REFUSED = {"llada2_moe_veomni": MERGED}
 """model_type -> why it is not read."""
 
@@ -83,7 +83,7 @@ def read_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
     head_dim = qwen.head_dim(f, d_model, n_heads)
     rotary_dim = f.rotary_dim("partial_rotary_factor", 0.5, head_dim)
     if raw.get("rotary_dim") is not None and f.integer("rotary_dim", "rotary_dim") != rotary_dim:
-        f.problems.append(f"rotary_dim must be head_dim x partial_rotary_factor = {rotary_dim}, got {raw['rotary_dim']!r:.80}")
+        f.problems.append(f"rotary_dim must be head_dim x partial_rotary_factor = {rotary_dim}, got {shown(raw['rotary_dim'])}")
     rows = f.integer("vocab_size", "vocab_size")
     eos_ids = f.eos_ids(EOS_ID if rows > EOS_ID else None, rows)
     config = ModelConfig(

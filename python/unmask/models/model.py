@@ -13,6 +13,7 @@ from ..ops.linear import Format, choose_format
 from . import checkpoint
 from .backbone import Backbone, Forward, KVCache, Layer, full_forward
 from .config import ModelConfig
+from .layer_weights import LayerWeights
 from .tokenizer import Tokenizer
 
 
@@ -76,9 +77,10 @@ class Model(torch.nn.Module):
         return self
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits of whole sequences: ids int64 [B, L] -> [B, L, V] in the model's dtype, bidirectional, no cache, never shifted.
+        """Logits of whole sequences: ids int64 [B, L] -> [B, L, V] in the model's dtype, no cache, never shifted.
 
-        It materialises [B, L, V]; decoding does not go through here.
+        Every position sees what the family's does: the whole row, or (block-causal) everything up to the end of its own block, blocks
+        being counted from the first token. It materialises [B, L, V]; decoding does not go through here.
         """
         return self(ids).logits
 
@@ -90,7 +92,8 @@ class Model(torch.nn.Module):
         if ids.numel() == 0:
             return torch.empty((b, length, self.config.vocab_size), dtype=self.dtype, device=self.device)
         check_ids(ids, self.config.vocab_size, "logits")
-        hidden = self.backbone(full_forward(ids), self.new_cache(b, length))
+        block = self.config.block_size if self.config.visibility == "block_causal" else None
+        hidden = self.backbone(full_forward(ids, block), self.new_cache(b, length))
         return self.head.logits(hidden)[: b * length].view(b, length, -1)
 
     def extra_repr(self) -> str:
@@ -106,34 +109,30 @@ def check_ids(ids: torch.Tensor, vocab_size: int, where: str) -> None:
 
 
 def build(info: checkpoint.CheckpointInfo, tokenizer: Tokenizer, name: str, dtype: torch.dtype | None, device: torch.device) -> Model:
-    """Streams the tensors of a checked checkpoint into a Model: a layer's linears are packed as soon as its tensors are there."""
+    """Streams the tensors of a checked checkpoint into a Model: each product is packed as soon as its tensors are there."""
     config = info.config
-    collected: dict[str, torch.Tensor] = {}
-    layers: dict[int, Layer] = {}
-    parts: dict[str, torch.Tensor] = {}
-    head: Head | None = None
-    format: Format | None = None
-    need: dict[int, list[str]] = {i: [] for i in range(config.n_layers)}
+    format = choose_format(checkpoint.resolve_dtype(info, dtype, device), device, info.n_parameters)
+    names: dict[int, list[str]] = {i: [] for i in range(config.n_layers)}
     for tensor_name in info.tensors:
         if tensor_name.startswith("layers."):
-            _, index, short = tensor_name.split(".")
-            need[int(index)].append(short)
+            _, index, short = tensor_name.split(".", 2)
+            names[int(index)].append(short)
+    layers = {i: LayerWeights(config, format, names[i]) for i in names}
+    parts: dict[str, torch.Tensor] = {}
+    head: Head | None = None
     for key, tensor in checkpoint.load_tensors(info, dtype, device):
-        if format is None:
-            format = choose_format(tensor.dtype, device, info.n_parameters)
         if key == "head":
             head = Head(tensor, format)
         elif key in ("embed", "final_norm"):
             parts[key] = tensor
         else:
-            collected[key] = tensor
-            index = int(key.split(".")[1])
-            prefix = f"layers.{index}."
-            if all(prefix + n in collected for n in need[index]):
-                layers[index] = Layer(config, {n: collected.pop(prefix + n) for n in need[index]}, format)
+            _, index, short = key.split(".", 2)
+            layers[int(index)].add(short, tensor)
+        del tensor
     if head is None:  # tied: the head reads the embedding
         head = Head(parts["embed"], format)
-    backbone = Backbone(config, parts["embed"], [layers[i] for i in range(config.n_layers)], parts["final_norm"])
+    made = [Layer(config, layers.pop(i), format) for i in range(config.n_layers)]
+    backbone = Backbone(config, parts["embed"], made, parts["final_norm"])
     return Model(config, backbone, head, tokenizer, name, format).eval()
 
 
@@ -154,14 +153,37 @@ def random_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, see
     d, f = config.d_model, config.ffn_dim
     embed = normal(config.vocab_size, d)
     layers = []
-    for _ in range(config.n_layers):
-        w = dict(q=normal(q, d), k=normal(kv, d), v=normal(kv, d), o=normal(d, q), gate=normal(f, d), up=normal(f, d), down=normal(d, f))
+    for i in range(config.n_layers):
+        w = dict(q=normal(q, d), k=normal(kv, d), v=normal(kv, d), o=normal(d, q))
+        if config.experts is None or i not in config.experts.layers:
+            w.update(gate=normal(f, d), up=normal(f, d), down=normal(d, f))
         w.update(attn_norm=ones, mlp_norm=ones)
         if config.qkv_bias:
             w.update(q_bias=normal(q), k_bias=normal(kv), v_bias=normal(kv))
         if config.qk_norm:
             w.update(q_norm=torch.ones(config.head_dim, dtype=dtype), k_norm=torch.ones(config.head_dim, dtype=dtype))
-        layers.append(Layer(config, w, format))
+        layer = LayerWeights(config, format, [*w, *_expert_shapes(config, i)])
+        for part, tensor in w.items():
+            layer.add(part, tensor)
+        w.clear()
+        for part, shape in _expert_shapes(config, i).items():
+            layer.add(part, normal(*shape).float() if part in checkpoint.FP32_NAMES else normal(*shape))
+        layers.append(Layer(config, layer, format))
     head = Head(embed if config.tied_head else normal(config.vocab_size, d), format)
     tokenizer = Tokenizer(Path(name), config, None, None, {})
     return Model(config, Backbone(config, embed, layers, ones), head, tokenizer, name, format).eval()
+
+
+def _expert_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of the tensors of a layer's mixture; {} for a dense layer."""
+    c, d = config.experts, config.d_model
+    if c is None or layer not in c.layers:
+        return {}
+    shapes: dict[str, tuple[int, ...]] = {"router": (c.n_experts, d)}
+    if c.selection_bias:
+        shapes["router_bias"] = (c.n_experts,)
+    for e in range(c.n_experts):
+        shapes |= {f"experts.{e}.gate": (c.expert_dim, d), f"experts.{e}.up": (c.expert_dim, d), f"experts.{e}.down": (d, c.expert_dim)}
+    if c.shared_dim:
+        shapes |= {"shared_gate": (c.shared_dim, d), "shared_up": (c.shared_dim, d), "shared_down": (d, c.shared_dim)}
+    return shapes
