@@ -25,10 +25,12 @@ STABLE_TORCH_LIBRARY(unmask, m) {
 
   // One read of the logits. ids: token, then top-k ids; values: p, p1, p2, entropy, logsumexp, 1 - p, then (log-probability, logit) at each of
   // the ids asked for, then top-k logits. One tensor per dtype: every output costs as much as the reduction of a thousand logits.
+  // null_logits: the logits are null_logits + guidance (logits - null_logits), classifier-free guidance, one read of each.
   m.def(
       "logit_stats(Tensor logits, Tensor? rows, Tensor? forbid, Tensor? suppress, Tensor? bias_ids, Tensor? bias, "
       "Tensor? ids, "
-      "int topk, float temperature, Tensor? seed, Tensor? step, Tensor? pos) "
+      "int topk, float temperature, Tensor? seed, Tensor? step, Tensor? pos, Tensor? null_logits=None, float "
+      "guidance=1.0) "
       "-> (Tensor ids, Tensor values, Tensor status)");
 
   // The same reduction over one vocabulary tile, folded into a running state (head_stats is built on it), and its end.

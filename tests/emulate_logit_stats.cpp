@@ -14,11 +14,17 @@ namespace {
 
 int64_t blocks_for(int64_t warps) { return (warps + kWarpsPerBlock - 1) / kWarpsPerBlock; }
 
+template <FloatType kType, bool kGuided>
+void scan_as(const StatsJob& job) {
+  const int64_t blocks = blocks_for(job.entries * job.groups);
+  if (job.in.temperature > 0.0f) emulate(blocks, kWarpsPerBlock, [&] { stats_scan<kType, true, kGuided>(job); });
+  else emulate(blocks, kWarpsPerBlock, [&] { stats_scan<kType, false, kGuided>(job); });
+}
+
 template <FloatType kType>
 void scan(const StatsJob& job) {
-  const int64_t blocks = blocks_for(job.entries * job.groups);
-  if (job.in.temperature > 0.0f) emulate(blocks, kWarpsPerBlock, [&] { stats_scan<kType, true>(job); });
-  else emulate(blocks, kWarpsPerBlock, [&] { stats_scan<kType, false>(job); });
+  if (job.in.null_logits != nullptr) scan_as<kType, true>(job);
+  else scan_as<kType, false>(job);
 }
 
 // As run() of csrc/cuda/logit_stats.cu, with the choices of the plan open to the test (0 = the plan's own).
@@ -49,13 +55,19 @@ void run(StatsJob job, int64_t entries, int64_t group_chunks, int64_t entries_pe
   }
 }
 
-template <FloatType kType>
-void cluster(const StatsJob& job, const StatsOutputs& out, const StatsClusterPlan& p) {
+template <FloatType kType, bool kGuided>
+void cluster_as(const StatsJob& job, const StatsOutputs& out, const StatsClusterPlan& p) {
   const auto run = [&](const auto& kernel) {
     emulate(job.entries * p.blocks, p.warps, kernel, p.shared_bytes(), p.blocks);
   };
-  if (job.in.temperature > 0.0f) run([&] { stats_cluster<kType, true>(job, out, p.blocks, p.warps); });
-  else run([&] { stats_cluster<kType, false>(job, out, p.blocks, p.warps); });
+  if (job.in.temperature > 0.0f) run([&] { stats_cluster<kType, true, kGuided>(job, out, p.blocks, p.warps); });
+  else run([&] { stats_cluster<kType, false, kGuided>(job, out, p.blocks, p.warps); });
+}
+
+template <FloatType kType>
+void cluster(const StatsJob& job, const StatsOutputs& out, const StatsClusterPlan& p) {
+  if (job.in.null_logits != nullptr) cluster_as<kType, true>(job, out, p);
+  else cluster_as<kType, false>(job, out, p);
 }
 
 // As run_cluster() there.

@@ -24,7 +24,8 @@ class Inputs(ctypes.Structure):  # StatsInputs, csrc/common/logit_stats_params.h
         ("count", c_int64), ("vocab", c_int64), ("bias_ids", c_void_p), ("bias", c_void_p), ("n_bias", c_int64),
         ("bias_ids_stride", _Pair), ("bias_stride", _Pair), ("ids", c_void_p), ("n_ids", c_int64), ("ids_stride", _Pair),
         ("seed", c_void_p), ("step", c_void_p), ("pos", c_void_p), ("seed_stride", c_int64), ("step_stride", c_int64),
-        ("pos_stride", c_int64), ("temperature", c_float), ("kept", c_int32),
+        ("pos_stride", c_int64), ("temperature", c_float), ("kept", c_int32), ("null_logits", c_void_p), ("null_row_stride", c_int64),
+        ("null_col_stride", c_int64), ("guidance", c_float),
     ]  # fmt: skip
 
 
@@ -96,6 +97,9 @@ def _job(a: dict, entries: int, offset: int, vocab: int) -> Job:
         setattr(x, name, a[name].data_ptr())
         setattr(x, f"{name}_stride", a[name].stride(0))
     x.temperature, x.kept = a["temperature"], max(2, a["topk"])
+    null = a.get("null_logits")
+    if null is not None:
+        x.null_logits, x.null_row_stride, x.null_col_stride, x.guidance = null.data_ptr(), *null.stride(), a["guidance"]
     job = Job(x, _ids(a.get("forbid")), _ids(a.get("suppress")), None, 0, logits.shape[0])
     if rows is not None:
         job.rows, job.rows_stride = rows.data_ptr(), rows.stride(0)

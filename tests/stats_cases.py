@@ -38,6 +38,15 @@ def call(vocab: int, dtype: torch.dtype, seed: int, temperature: float = 0.0, la
     return a
 
 
+def guided(a: dict, weight: float, layout: str = "dense") -> dict:
+    """The same call with null logits: infinities, ties and NaN on either side."""
+    logits = a["logits"]
+    null = (torch.randn(logits.shape, generator=torch.Generator().manual_seed(logits.shape[1])) * 6).to(logits.dtype)
+    null[2] = torch.where(logits[2].isinf(), 1.0, null[2])
+    null[1, logits.shape[1] // 2] = float("-inf")
+    return {**a, "null_logits": strided(null, layout), "guidance": weight}
+
+
 def strided(x: torch.Tensor, layout: str) -> torch.Tensor:
     """The same values, dense, with an odd row length, with a column stride, or transposed."""
     n, v = x.shape
@@ -54,7 +63,8 @@ def strided(x: torch.Tensor, layout: str) -> torch.Tensor:
 def arguments(a: dict) -> tuple:
     """In the order of the schema."""
     names = ("logits", "rows", "forbid", "suppress", "bias_ids", "bias", "ids", "topk", "temperature", "seed", "step", "pos")
-    return tuple(a.get(name) for name in names)
+    null = (a["null_logits"], a["guidance"]) if "null_logits" in a else ()
+    return (*(a.get(name) for name in names), *null)
 
 
 def assert_same(got: tuple, want: tuple) -> None:

@@ -10,7 +10,7 @@ import torch
 
 import emulated
 from native import native
-from stats_cases import DTYPES, arguments, assert_same, call
+from stats_cases import DTYPES, arguments, assert_same, call, guided
 from unmask.ops.logit_stats import STATE_WORDS
 
 SIZES = (1, 2, 7, 8, 511, 512, 513, 4095, 4096, 4097, 9001, 12288)
@@ -49,6 +49,25 @@ def test_a_cluster_gives_the_same_bits_as_two_launches(vocab, dtype):
     for temperature in (0.0, 0.8):
         a = call(vocab, dtype, seed=vocab, temperature=temperature)
         _same_bits(emulated.stats_cluster(a), emulated.logit_stats(a))
+
+
+@pytest.mark.parametrize("vocab", (1, 9, 513, 4097, 9001))
+@pytest.mark.parametrize("temperature", (0.0, 0.7))
+def test_guidance_is_the_cpu_kernels_and_keeps_its_bits(vocab, temperature):
+    """Null logits of another layout than the logits; two launches and clusters; the last slice, behind which both sides read -inf."""
+    for i, dtype in enumerate(DTYPES):
+        plain = call(vocab, dtype, seed=vocab + 3 * i, temperature=temperature)
+        for weight in (1.7, -0.5, 0.0):
+            a = guided(plain, weight)
+            got = emulated.logit_stats(a)
+            assert_same(got, native("logit_stats")(*arguments(a)))
+            materialised = {**plain, "logits": a["null_logits"] + weight * (a["logits"] - a["null_logits"])}
+            _same_bits(got, emulated.logit_stats(materialised))
+            if vocab > 4096:
+                _same_bits(emulated.stats_cluster(a), got)
+                _same_bits(emulated.logit_stats(a, 3, 2), got)
+        for layout in ("padded", "columns", "transposed"):
+            _same_bits(emulated.logit_stats(guided(plain, 1.7, layout)), emulated.logit_stats(guided(plain, 1.7)))
 
 
 def test_cluster_plan():

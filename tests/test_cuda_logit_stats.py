@@ -7,7 +7,7 @@ import torch
 
 from native import native
 from on_gpu import to_cuda
-from stats_cases import DTYPES, arguments, assert_same, call
+from stats_cases import DTYPES, arguments, assert_same, call, guided
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
@@ -44,6 +44,19 @@ def test_bits_do_not_depend_on_the_batch_or_the_layout(dtype, temperature):
         assert_same_bits(on_gpu(alone), tuple(t[e : e + 1] for t in want))
     many = {**a, **{name: a[name].repeat(400, *[1] * (a[name].dim() - 1)) for name in ("rows", "bias_ids", "bias", "ids", "seed", "step", "pos")}}
     assert_same_bits(on_gpu(many), tuple(t.repeat(400, *[1] * (t.dim() - 1)) for t in want))
+
+
+@pytest.mark.parametrize("vocab", (1, 513, 4097, 9001, 126464))
+@pytest.mark.parametrize("temperature", (0.0, 0.7))
+def test_guidance_is_the_cpu_kernels_and_has_the_bits_of_the_torch_expression(vocab, temperature):
+    for i, dtype in enumerate(DTYPES):
+        plain = call(vocab, dtype, seed=vocab + 3 * i, temperature=temperature)
+        for layout in ("dense", "padded", "columns", "transposed"):
+            a = guided(plain, 1.7, layout)
+            got = on_gpu(a)
+            assert_same(got, native("logit_stats")(*arguments(a)))
+            c, u = (to_cuda(a[name]) for name in ("logits", "null_logits"))
+            assert_same_bits(got, on_gpu({**plain, "logits": u + 1.7 * (c - u)}))
 
 
 def test_tiles_give_the_same_bits_as_one_pass():

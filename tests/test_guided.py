@@ -1,4 +1,4 @@
-"""Guided logits of a module: tile by tile, with the bits of the whole."""
+"""Guided logits of a module: read as one, with the bits of the whole."""
 
 from __future__ import annotations
 
@@ -51,7 +51,6 @@ def test_invalid_rows_are_reported(bad):
     assert (got != 0).tolist() == [False, False, True, False]
 
 
-
 def test_shapes_read_as_those_of_the_logits():
     c, u = pair(6, 50, torch.float32)
     whole = u + 1.5 * (c - u)
@@ -73,12 +72,11 @@ def test_nothing_of_the_size_of_the_vocabulary_is_made():
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and func not in (torch.ops.aten.slice.Tensor,):
-                largest = max(largest, out.numel())
+            largest = max(largest, *(t.numel() for t in (out if isinstance(out, tuple) else (out,))))
             return out
 
     c, u = pair(32, 126_464, torch.bfloat16)
     guided = GuidedLogits(c, u, 2.0)
     with Seen():
         guided.stats(torch.arange(32), forbid=torch.tensor([0]))
-    assert largest <= 32 * 32_768
+    assert 0 < largest <= 32 * 8

@@ -18,8 +18,8 @@ from unmask.ops.logit_stats import CHUNK, STATE_WORDS, LogitStats, new_state
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INF, NAN = math.inf, math.nan
-NAMES = ("rows", "forbid", "suppress", "bias_ids", "bias", "ids", "topk", "temperature", "seed", "step", "pos")
-DEFAULTS = {"topk": 0, "temperature": 0.0}
+NAMES = ("rows", "forbid", "suppress", "bias_ids", "bias", "ids", "topk", "temperature", "seed", "step", "pos", "null_logits", "guidance")
+DEFAULTS = {"topk": 0, "temperature": 0.0, "guidance": 1.0}
 PER_ENTRY = ("rows", "bias_ids", "bias", "ids", "seed", "step", "pos")
 _logit_stats, _stats_tile, _stats_finish = native("logit_stats"), native("stats_tile"), native("stats_finish")
 
@@ -218,7 +218,7 @@ def test_tiles_equal_one_pass_bit_for_bit(call, chunks_a_tile, strided):
         id_logit = None if id_logit is None else relayout(id_logit, "step")
     for offset in range(0, vocab, chunks_a_tile * CHUNK):
         tile = logits[:, offset : offset + chunks_a_tile * CHUNK]
-        _stats_tile(tile, state, id_logit, offset, vocab, *arguments(a)[1:])
+        _stats_tile(tile, state, id_logit, offset, vocab, *arguments(a)[1:-2])
     assert_same_bits(LogitStats(*_stats_finish(state, id_logit, a["topk"])), kernel(logits, **a))
 
 
@@ -240,6 +240,58 @@ def test_as_accurate_as_torch(dtype, scale):
         error = (getattr(out, name).double() - exact).abs()
         assert (error <= 2 * (torch32[name].double() - exact).abs() + 4e-7 * exact.abs() + 1e-7).all(), (name, error)
     assert torch.equal(out.token, x.float().argmax(-1))
+
+
+# ---- guidance ---------------------------------------------------------------------------------------------------------
+WEIGHTS = st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, 3.7, -1.3, 1e-3, 1e30])
+
+
+@given(calls(), WEIGHTS, st.sampled_from(ALL_LAYOUTS), st.integers(0, 2**31))
+def test_guidance_has_the_bits_of_the_torch_expression(call, weight, layout, seed):
+    logits, a = call
+    g = torch.Generator().manual_seed(seed)
+    null = (torch.randn(logits.shape, generator=g) * 3).round(decimals=1).to(logits.dtype)
+    flip = torch.rand(logits.shape, generator=g) < 0.05
+    null[flip] = logits[flip]  # infinities on both sides, NaN too
+    null = relayout(null, layout)
+    a |= {"null_logits": null, "guidance": weight}
+    got = kernel(logits, **a)
+    whole = {name: value for name, value in a.items() if name not in ("null_logits", "guidance")}
+    assert_same_bits(got, kernel(null + weight * (logits - null), **whole))
+    assert_close(got, definition(logits, **a))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight", (2.0, 3.7, -0.3))
+def test_every_guided_logit_is_rounded_as_torch_rounds(dtype, weight):
+    """Any bits on either side, subnormal, huge, infinite and NaN, in every lane: one id a row is possible, so its logsumexp is its logit."""
+    rows, vocab = 20_000, 70
+    bits = torch.int32 if dtype is torch.float32 else torch.int16
+    size = torch.iinfo(bits)
+    c, u = (torch.randint(size.min, size.max + 1, (rows,)).to(bits).view(dtype) for _ in range(2))
+    near = torch.arange(rows) % 2 == 0
+    u[near] = (c[near].float() * (1 + torch.rand(int(near.sum())))).to(dtype)  # differences that need rounding
+    logits, null = (torch.full((rows, vocab), fill).to(dtype) for fill in (-math.copysign(INF, weight), 0.0))
+    at = torch.arange(rows)
+    logits[at, at % vocab], null[at, at % vocab] = c, u
+    got = kernel(logits, null_logits=null, guidance=weight)
+    want = u + weight * (c - u)
+    assert torch.equal(got.status == Status.NAN, want.isnan()) and torch.equal(got.status == Status.ALL_INF, want == -INF)
+    some = got.status == 0
+    assert int(some.sum()) > rows // 3 and torch.equal(got.logsumexp[some], want[some].float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_guidance_has_the_same_bits_alone_batched_and_at_any_thread_count(threads, dtype):
+    logits, a = big_call(40, dtype)
+    null = (torch.randn(logits.shape) * 3).to(dtype)
+    threads(1)
+    want = kernel(null + 1.7 * (logits - null), **a)
+    for count in (1, 2, 3):
+        threads(count)
+        assert_same_bits(kernel(logits, null_logits=null, guidance=1.7, **a), want)
+        few = {k: v[3:5] if k in PER_ENTRY else v for k, v in a.items()}  # chunks in parallel instead of rows
+        assert_same_bits(kernel(logits[3:5], null_logits=null[3:5], guidance=1.7, **few), LogitStats(*(t[3:5] for t in want)))
 
 
 # ---- invariance -------------------------------------------------------------------------------------------------------
@@ -378,6 +430,14 @@ ERRORS = {
     "pos must be given when temperature > 0, got None": (X, {"temperature": 1.0, "seed": I3, "step": I3}),
     "step must be [T'] = [3], got [2]": (X, {"temperature": 1.0, "seed": I3, "step": I3[:2], "pos": I3}),
     "seed must be int64, got int32": (X, {"seed": I3.int()}),
+    "null_logits must be float32, got bfloat16": (X, {"null_logits": X.bfloat16()}),
+    "null_logits must be bfloat16, got float32": (X.bfloat16(), {"null_logits": X}),
+    "null_logits must be [N, V] = [3, 10], got [3, 9]": (X, {"null_logits": X[:, :9]}),
+    "null_logits must be [N, V] = [3, 10], got [2, 10]": (X, {"null_logits": X[:2], "rows": I3[:2]}),
+    "null_logits must be given when guidance is not 1, got None": (X, {"guidance": 1.5}),
+    "guidance must be finite in float32, got nan": (X, {"null_logits": X, "guidance": NAN}),
+    "guidance must be finite in float32, got -inf": (X, {"null_logits": X, "guidance": -INF}),
+    f"guidance must be finite in float32, got {1e39:f}": (X, {"guidance": 1e39}),
 }
 
 
@@ -432,6 +492,7 @@ def test_opcheck(temperature):
     rest = (torch.tensor([1]), None, I32, X[:, :2], I32, 4, temperature, I3, I3, I3)
     torch.library.opcheck(_logit_stats.default, (x, I3, *rest))
     torch.library.opcheck(_logit_stats.default, (x, *[None] * 6, 0, 0.0, None, None, None))
+    torch.library.opcheck(_logit_stats.default, (x, I3, *rest, torch.randn(3, 50), 1.5))
     torch.library.opcheck(_stats_tile.default, (x, state, id_logit, 0, 50, *rest))
     torch.library.opcheck(_stats_finish.default, (state, id_logit, 4))
 
@@ -439,7 +500,7 @@ def test_opcheck(temperature):
 def test_compile():
     def f(x, state, ids):
         ops.stats_tile(x, state, offset=0, vocab=x.shape[1])
-        out = ops.logit_stats(x, ids=ids, topk=2)
+        out = ops.logit_stats(x, ids=ids, topk=2, null_logits=x.flip(0), guidance=1.5)
         return out.margin + ops.stats_finish(state).entropy, out.at_ids
 
     x, ids = torch.randn(3, 70), I32
@@ -452,5 +513,7 @@ def test_wrapper_and_properties():
     x = torch.randn(4, 30)
     out = ops.logit_stats(x, torch.tensor([1, 2]), topk=2, forbid=torch.tensor([3]))
     assert_same_bits(out, kernel(x, rows=torch.tensor([1, 2]), topk=2, forbid=torch.tensor([3])))
+    null = torch.randn(4, 30)
+    assert_same_bits(ops.logit_stats(x, null_logits=null, guidance=1.5), kernel(x, null_logits=null, guidance=1.5))
     assert torch.equal(torch.stack((out.p, out.p1, out.p2, out.entropy, out.logsumexp, out.p_rest), 1), out.stats)
     assert torch.equal(out.margin, out.p1 - out.p2)

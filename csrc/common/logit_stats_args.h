@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <optional>
 
 #include "common/check.h"
@@ -89,6 +91,21 @@ inline StatsInputs read_stats_inputs(const Checker& check, const Tensor& logits,
   a.step_stride = read_noise_key(check, in.step, "step", sampled, entries, &a.step);
   a.pos_stride = read_noise_key(check, in.pos, "pos", sampled, entries, &a.pos);
   return a;
+}
+
+// After read_stats_rows and read_stats_inputs.
+inline void read_null_logits(const Checker& check, const Tensor& logits, const OptTensor& null_logits, double guidance,
+                             StatsInputs* a) {
+  if (null_logits) {
+    check.dtype(*null_logits, "null_logits", logits.scalar_type());
+    check.shape(*null_logits, "null_logits", "[N, V]", {logits.size(0), logits.size(1)});
+    a->null_logits = null_logits->const_data_ptr();
+    a->null_row_stride = null_logits->stride(0);
+    a->null_col_stride = logits.size(1) == 1 ? 1 : null_logits->stride(1);
+  }
+  check.require(std::abs(guidance) <= std::numeric_limits<float>::max(), "guidance", "finite in float32", guidance);
+  if (!null_logits && guidance != 1.0) fail_must_be(check.op, "null_logits", "given when guidance is not 1", "None");
+  a->guidance = static_cast<float>(guidance);
 }
 
 // Which row each entry reads.

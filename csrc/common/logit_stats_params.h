@@ -24,12 +24,16 @@ struct StatsInputs {
   int64_t seed_stride, step_stride, pos_stride;
   float temperature;
   int32_t kept;  // max(2, topk)
+  // Not null: the logits are u + guidance (c - u), rounded to `type` after each operation; c lies at `logits`, u here.
+  const void* null_logits;
+  int64_t null_row_stride, null_col_stride;
+  float guidance;
 };
 
 // Dense outputs, one tensor per dtype.
 struct StatsOutputs {
   int64_t topk, n_ids;
-  int64_t* ids;     // [T', 1 + topk]: token | top-k ids
+  int64_t* ids;  // [T', 1 + topk]: token | top-k ids
   float*
       values;  // [T', 6 + 2 n_ids + topk]: p, p1, p2, entropy, logsumexp, 1 - p | (log-probability, logit) per id | top-k logits
   int32_t* status;  // [T']

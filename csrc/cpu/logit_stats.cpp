@@ -114,13 +114,15 @@ Outputs new_outputs(int64_t entries, int64_t n_ids, int64_t topk, StatsOutputs* 
 
 Outputs logit_stats(const Tensor& logits, const OptTensor& rows_arg, const OptTensor& forbid, const OptTensor& suppress,
                     const OptTensor& bias_ids, const OptTensor& bias, const OptTensor& ids, int64_t topk,
-                    double temperature, const OptTensor& seed, const OptTensor& step, const OptTensor& pos) {
+                    double temperature, const OptTensor& seed, const OptTensor& step, const OptTensor& pos,
+                    const OptTensor& null_logits, double guidance) {
   const Checker check("logit_stats", logits);
   const StatsRows rows = read_stats_rows(check, logits, rows_arg);
   const int64_t entries = rows.entries, vocab = logits.size(1);
   Prepared p;
   prepare(check, logits, {forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos}, entries, 0, vocab,
           &p);
+  read_null_logits(check, logits, null_logits, guidance, &p.args);
   const StatsArgs& a = p.args;
   StatsOutputs f;
   Outputs out = new_outputs(entries, a.n_ids, topk, &f);

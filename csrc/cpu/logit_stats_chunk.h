@@ -167,20 +167,35 @@ constexpr int kChains = 4;
 constexpr int kChains = 2;  // 16 registers
 #endif
 
+// What is read next, fetched into the cache while this chunk is summed: the first pass over it then starts warm. One row goes to L1; two
+// rows and the chunk that was made of them would evict each other there (fp32: 48 KB), so they go to L2.
+template <int kRows>
+struct Ahead {
+  const char* at[kRows];
+};
+template <int kRows>
+UNMASK_INLINE void fetch(Ahead<kRows>* next, int bytes) {
+  for (int r = 0; r < kRows; ++r) {
+    for (int line = 0; line < bytes; line += 64) __builtin_prefetch(next->at[r] + line, 0, kRows == 1 ? 3 : 2);
+    next->at[r] += bytes;
+  }
+}
+template <class T> UNMASK_INLINE Ahead<1> chunk_after(const T* x) {
+  return {{reinterpret_cast<const char*>(x) + kStatsChunk * sizeof(T)}};
+}
+
 // Each accumulator takes 64 terms before it is added to a second one: equal logits would else round the same way up to
-// 1,024 times. Meanwhile the next chunk, kStatsChunk ids further, is prefetched: pass 1 of the next chunk then starts
-// with a warm cache.
-template <bool kApart, class T>
-UNMASK_INLINE SumExp chunk_sums(const T* x, int n, float m) {
+// 1,024 times.
+template <bool kApart, class T, int kRows>
+UNMASK_INLINE SumExp chunk_sums(const T* x, int n, float m, Ahead<kRows> ahead) {
   const vf vm = vset(m);
   vf s[kChains], t[kChains], v[kChains], sum = vset(0.0f), tsum = vset(0.0f);
-  const char* ahead = reinterpret_cast<const char*>(x) + kStatsChunk * sizeof(T);
   constexpr int kIds = kChains * kW, kBytes = kIds * static_cast<int>(sizeof(T));
   for (int i = 0; i < n;) {
     const int stop = i + 64 * kIds < n ? i + 64 * kIds : n;
     for (int u = 0; u < kChains; ++u) s[u] = t[u] = vset(0.0f);
-    for (; i + kIds <= stop; i += kIds, ahead += kBytes) {
-      for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead + line, 0, 3);
+    for (; i + kIds <= stop; i += kIds) {
+      fetch(&ahead, kBytes);
       for (int u = 0; u < kChains; u += 2) load_pair(x + i + u * kW, &v[u], &v[u + 1]);
       exp_steps<kChains, kApart>(v, vm, s, t);
     }
@@ -200,10 +215,10 @@ UNMASK_INLINE SumExp chunk_sums(const T* x, int n, float m) {
 
 // All ids, then minus the 1 at the maximum: exact enough while the rest is at least half of it. A chunk whose maximum stands out is
 // summed once more without it (never two ids at the maximum: then the rest is at least 1).
-template <class T>
-UNMASK_INLINE SumExp chunk_sum(const T* x, int n, float m) {
-  const SumExp sum = chunk_sums<false>(x, n, m);
-  return sum.r < 0.5f ? chunk_sums<true>(x, n, m) : sum;
+template <class T, int kRows>
+UNMASK_INLINE SumExp chunk_sum(const T* x, int n, float m, const Ahead<kRows>& ahead) {
+  const SumExp sum = chunk_sums<false>(x, n, m, ahead);
+  return sum.r < 0.5f ? chunk_sums<true>(x, n, m, ahead) : sum;
 }
 
 // m is -inf or +inf, or NaN: nothing finite decides. Counts the ids at +inf; a NaN gives r = NaN.
@@ -218,9 +233,9 @@ SumExp chunk_sum_infinite(const T* x, int n, float m) {
   return {m, nans > 0 ? quiet_nan() : static_cast<float>(infs - 1), 0.0f};
 }
 
-template <class T>
-UNMASK_INLINE SumExp chunk_sum_any(const T* x, int n, float m) {
-  return m > neg_inf() && m < pos_inf() ? chunk_sum(x, n, m) : chunk_sum_infinite(x, n, m);
+template <class T, int kRows>
+UNMASK_INLINE SumExp chunk_sum_any(const T* x, int n, float m, const Ahead<kRows>& ahead) {
+  return m > neg_inf() && m < pos_inf() ? chunk_sum(x, n, m, ahead) : chunk_sum_infinite(x, n, m);
 }
 
 }  // namespace unmask::cpu::UNMASK_ISA_NS

@@ -17,12 +17,17 @@ namespace {
 
 unsigned blocks_for(int64_t warps) { return static_cast<unsigned>((warps + kWarpsPerBlock - 1) / kWarpsPerBlock); }
 
+template <FloatType kType, bool kGuided>
+void launch_scan_as(const StatsJob& job, const Launch& launch) {
+  const auto kernel = job.in.temperature > 0.0f ? stats_scan<kType, true, kGuided> : stats_scan<kType, false, kGuided>;
+  kernel<<<blocks_for(job.entries * job.groups), kWarpsPerBlock * 32, 0, launch.stream>>>(job);
+  launch.check();
+}
+
 template <FloatType kType>
 void launch_scan(const StatsJob& job, const Launch& launch) {
-  const unsigned blocks = blocks_for(job.entries * job.groups);
-  if (job.in.temperature > 0.0f) stats_scan<kType, true><<<blocks, kWarpsPerBlock * 32, 0, launch.stream>>>(job);
-  else stats_scan<kType, false><<<blocks, kWarpsPerBlock * 32, 0, launch.stream>>>(job);
-  launch.check();
+  if (job.in.null_logits != nullptr) launch_scan_as<kType, true>(job, launch);
+  else launch_scan_as<kType, false>(job, launch);
 }
 
 void launch_scan_typed(const StatsJob& job, const Launch& launch, const char* op) {
@@ -57,11 +62,19 @@ void run(StatsJob job, int64_t entries, const Tensor& like, const Launch& launch
   }
 }
 
-template <FloatType kType>
-void launch_cluster(const StatsJob& job, const StatsOutputs& out, const StatsClusterPlan& plan, const Launch& launch) {
-  const auto kernel = job.in.temperature > 0.0f ? stats_cluster<kType, true> : stats_cluster<kType, false>;
+template <FloatType kType, bool kGuided>
+void launch_cluster_as(const StatsJob& job, const StatsOutputs& out, const StatsClusterPlan& plan,
+                       const Launch& launch) {
+  const auto kernel =
+      job.in.temperature > 0.0f ? stats_cluster<kType, true, kGuided> : stats_cluster<kType, false, kGuided>;
   launch_clusters(launch, kernel, job.entries * plan.blocks, plan.warps * 32, plan.shared_bytes(), plan.blocks, job,
                   out, plan.blocks, plan.warps);
+}
+
+template <FloatType kType>
+void launch_cluster(const StatsJob& job, const StatsOutputs& out, const StatsClusterPlan& plan, const Launch& launch) {
+  if (job.in.null_logits != nullptr) launch_cluster_as<kType, true>(job, out, plan, launch);
+  else launch_cluster_as<kType, false>(job, out, plan, launch);
 }
 
 // Scan and fold in one launch.
@@ -98,11 +111,13 @@ StatsJob new_job(const StatsInputs& in, const StatsArguments& args, const StatsR
 
 Outputs logit_stats(const Tensor& logits, const OptTensor& rows, const OptTensor& forbid, const OptTensor& suppress,
                     const OptTensor& bias_ids, const OptTensor& bias, const OptTensor& ids, int64_t topk,
-                    double temperature, const OptTensor& seed, const OptTensor& step, const OptTensor& pos) {
+                    double temperature, const OptTensor& seed, const OptTensor& step, const OptTensor& pos,
+                    const OptTensor& null_logits, double guidance) {
   const Checker check("logit_stats", logits);
   const StatsRows which = read_stats_rows(check, logits, rows);
   const StatsArguments args{forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos};
-  const StatsInputs in = read_stats_inputs(check, logits, args, which.entries, 0, logits.size(1));
+  StatsInputs in = read_stats_inputs(check, logits, args, which.entries, 0, logits.size(1));
+  read_null_logits(check, logits, null_logits, guidance, &in);
   const Launch launch(check.op, logits);
   StatsOutputs f;
   Outputs out = new_outputs(logits, which.entries, in.n_ids, topk, &f);

@@ -82,12 +82,40 @@ UNMASK_DEVICE Run<kType> load_run(const typename Element<kType>::Bits* row, int6
   return r;
 }
 
+// u + w (c - u), rounded after each operation as torch's eager code rounds.
+template <FloatType kType>
+UNMASK_DEVICE float guided(float c, float u, float w) {
+  return rounded<kType>(u + rounded<kType>(w * rounded<kType>(c - u)));
+}
+
+// A slice as a lane holds it: two runs of the logits, with guidance also two of the null logits.
+template <FloatType kType, bool kGuided>
+struct Loaded {
+  Run<kType> run[kGuided ? 4 : 2];
+
+  UNMASK_DEVICE float get(int k, float w) const {
+    const float c = run[k / kRun].get(k % kRun);
+    if constexpr (kGuided) return guided<kType>(c, run[2 + k / kRun].get(k % kRun), w);
+    else return c;
+  }
+};
+
+template <FloatType kType>
+UNMASK_DEVICE float logit_as(const StatsInputs& in, int64_t row, int64_t column) {
+  using Bits = typename Element<kType>::Bits;
+  const auto at = [&](const void* logits, int64_t i) {
+    return Element<kType>::value(static_cast<const Bits*>(logits)[i]);
+  };
+  const float c = at(in.logits, row * in.row_stride + column * in.col_stride);
+  if (in.null_logits == nullptr) return c;
+  return guided<kType>(c, at(in.null_logits, row * in.null_row_stride + column * in.null_col_stride), in.guidance);
+}
+
 UNMASK_DEVICE float load_logit(const StatsInputs& in, int64_t row, int64_t column) {
-  const int64_t i = row * in.row_stride + column * in.col_stride;
   switch (in.type) {
-    case FloatType::f32: return Element<FloatType::f32>::value(static_cast<const uint32_t*>(in.logits)[i]);
-    case FloatType::bf16: return Element<FloatType::bf16>::value(static_cast<const uint16_t*>(in.logits)[i]);
-    case FloatType::f16: return Element<FloatType::f16>::value(static_cast<const uint16_t*>(in.logits)[i]);
+    case FloatType::f32: return logit_as<FloatType::f32>(in, row, column);
+    case FloatType::bf16: return logit_as<FloatType::bf16>(in, row, column);
+    case FloatType::f16: return logit_as<FloatType::f16>(in, row, column);
   }
   return quiet_nan();
 }
@@ -303,30 +331,35 @@ struct LaneSample {
 };
 
 // ---- first launch: every group of chunks on its own ---------------------------------------------------------------
-// kAhead: slices in flight, 8 registers (fp32: 16) and 1 KB (2 KB) a warp each.
-template <FloatType kType, bool kSampled, int kAhead>
+// kAhead: slices in flight, 8 registers (fp32: 16) and 1 KB (2 KB) a warp each, twice that with guidance.
+template <FloatType kType, bool kSampled, bool kGuided, int kAhead>
 struct GroupScan {
+  using Bits = typename Element<kType>::Bits;
   const StatsJob& job;
   int64_t entry;
-  const typename Element<kType>::Bits* row;
+  const Bits *row, *null_row;
   uint32_t *forbid_marks, *suppress_marks;
   NoiseKey key = {0, 0, 0};
   TopList top;
   LaneSample sample;
   bool nan = false;
 
-  UNMASK_DEVICE Run<kType> load(int64_t first, int slice, int half) const {
-    return load_run<kType>(row, job.in.col_stride, job.dense, first + slice * kSliceIds + half * 256 + lane_id() * kRun,
-                           job.in.count);
+  UNMASK_DEVICE Loaded<kType, kGuided> load(int64_t first, int slice) const {
+    const StatsInputs& in = job.in;
+    Loaded<kType, kGuided> all;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t i = first + slice * kSliceIds + half * 256 + lane_id() * kRun;
+      all.run[half] = load_run<kType>(row, in.col_stride, job.dense, i, in.count);
+      if constexpr (kGuided) all.run[2 + half] = load_run<kType>(null_row, in.null_col_stride, job.dense, i, in.count);
+    }
+    return all;
   }
 
   UNMASK_DEVICE SumExp chunk(int64_t first) {
-    Run<kType> next[kAhead][2];
+    Loaded<kType, kGuided> next[kAhead];
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      next[a][0] = load(first, a, 0);
-      next[a][1] = load(first, a, 1);
-    }
+    for (int a = 0; a < kAhead; ++a) next[a] = load(first, a);
     const StatsInputs& in = job.in;
     const int64_t base = in.offset + first, n = in.count - first < kStatsChunk ? in.count - first : kStatsChunk;
     const bool forbidden = mark_ids(job.forbid, base, n, forbid_marks);
@@ -340,10 +373,14 @@ struct GroupScan {
         const int32_t slice_base = static_cast<int32_t>(base + slice * kSliceIds);
         float x[kSliceValues];
 #pragma unroll
-        for (int k = 0; k < kSliceValues; ++k) x[k] = next[a][k / kRun].get(k % kRun);
-        if (slice + kAhead < kSlices) {
-          next[a][0] = load(first, slice + kAhead, 0);
-          next[a][1] = load(first, slice + kAhead, 1);
+        for (int k = 0; k < kSliceValues; ++k) x[k] = next[a].get(k, in.guidance);
+        if (slice + kAhead < kSlices) next[a] = load(first, slice + kAhead);
+        if constexpr (kGuided) {  // behind the last column u + w (c - u) of two -inf is NaN
+          const int64_t there = n - slice * kSliceIds;
+          if (there < kSliceIds) {
+#pragma unroll
+            for (int k = 0; k < kSliceValues; ++k) x[k] = slice_id(k, lane_id()) < there ? x[k] : neg_inf();
+          }
         }
         if (biased) add_bias(in, entry, slice_base, n - slice * kSliceIds, x);
         if (suppressed) set_marked(x, lane_marks(suppress_marks, slice), neg_inf());
@@ -364,14 +401,16 @@ struct GroupScan {
 };
 
 // One warp's group of chunks, to the workspace. False for an entry without a row: its outputs are written without any partial result.
-template <FloatType kType, bool kSampled, int kAhead>
+template <FloatType kType, bool kSampled, bool kGuided, int kAhead>
 UNMASK_DEVICE bool scan_group(const StatsJob& job, int64_t local, int64_t group, uint32_t (&marks)[2][kMarkWords]) {
   const int64_t entry = job.entry_begin + local, row = row_of(job, entry);
   if (!row_exists(job, row)) return false;
   const StatsInputs& in = job.in;
-  GroupScan<kType, kSampled, kAhead> scan{
-      job, entry, static_cast<const typename Element<kType>::Bits*>(in.logits) + row * in.row_stride, marks[0],
-      marks[1]};
+  using Bits = typename Element<kType>::Bits;
+  const Bits* null_row = nullptr;
+  if constexpr (kGuided) null_row = static_cast<const Bits*>(in.null_logits) + row * in.null_row_stride;
+  GroupScan<kType, kSampled, kGuided, kAhead> scan{
+      job, entry, static_cast<const Bits*>(in.logits) + row * in.row_stride, null_row, marks[0], marks[1]};
   if constexpr (kSampled) {
     scan.key = {static_cast<uint64_t>(in.seed[entry * in.seed_stride]),
                 static_cast<uint32_t>(in.step[entry * in.step_stride]),
@@ -393,14 +432,15 @@ UNMASK_DEVICE bool scan_group(const StatsJob& job, int64_t local, int64_t group,
   return true;
 }
 
-template <FloatType kType, bool kSampled>
-UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, 4)
+// Guided, one slice and its null slice are in flight; fp32 holds 32 registers of them, for which one block an SM less makes room.
+template <FloatType kType, bool kSampled, bool kGuided>
+UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, kGuided ? 3 : 4)
 stats_scan(const StatsJob job) {
   __shared__ uint32_t marks[kWarpsPerBlock][2][kMarkWords];
   const int64_t unit = block_index() * kWarpsPerBlock + warp_in_block();
   if (unit / job.groups >= job.entries) return;
-  scan_group<kType, kSampled, kType == FloatType::f32 ? 1 : 2>(job, unit / job.groups, unit % job.groups,
-                                                               marks[warp_in_block()]);
+  scan_group<kType, kSampled, kGuided, kType == FloatType::f32 || kGuided ? 1 : 2>(
+      job, unit / job.groups, unit % job.groups, marks[warp_in_block()]);
 }
 
 }  // namespace unmask::cuda

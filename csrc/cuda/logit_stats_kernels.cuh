@@ -9,14 +9,16 @@ UNMASK_KERNEL_BOUNDS(kWarpsPerBlock * 32, 4) stats_fold(const StatsJob job, cons
 }
 
 // Few rows, sm_90 and later: both launches in one. The blocks of a cluster share an entry, each warp takes one chunk and asks for all of it
-// at once (64 registers), so that a row costs one trip to memory; the first warp then folds what the cluster's barrier made visible.
-template <FloatType kType, bool kSampled>
+// at once (64 registers; fp32 and guidance: half of it, then the rest meanwhile), so that a row costs one trip to memory; the first warp
+// then folds what the cluster's barrier made visible.
+template <FloatType kType, bool kSampled, bool kGuided>
 UNMASK_KERNEL_BOUNDS(kMostClusterWarps * 32, 1)
 stats_cluster(const StatsJob job, const StatsOutputs out, const int cluster, const int warps) {
   auto* marks = reinterpret_cast<uint32_t (*)[2][kMarkWords]>(dynamic_shared());  // of each warp
   const int64_t local = block_index() / cluster, chunk = block_index() % cluster * warps + warp_in_block();
   if (chunk < job.chunks)
-    scan_group<kType, kSampled, kType == FloatType::f32 ? 4 : 8>(job, local, chunk, marks[warp_in_block()]);
+    scan_group<kType, kSampled, kGuided, (kType == FloatType::f32 ? 4 : 8) / (kGuided ? 2 : 1)>(job, local, chunk,
+                                                                                                marks[warp_in_block()]);
   cluster_sync();
   if (chunk == 0) finish_entry(job, out, job.entry_begin + local);
 }

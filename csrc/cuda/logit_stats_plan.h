@@ -48,7 +48,11 @@ inline StatsClusterPlan plan_stats_cluster(int64_t entries, int64_t count, bool 
 // Rows start at multiples of 16 bytes and hold neighbouring ids.
 inline bool can_load_dense(const StatsInputs& in) {
   const int64_t size = in.type == FloatType::f32 ? 4 : 2;
-  return in.col_stride == 1 && reinterpret_cast<uintptr_t>(in.logits) % 16 == 0 && in.row_stride * size % 16 == 0;
+  const auto dense = [&](const void* at, int64_t row, int64_t column) {
+    return column == 1 && reinterpret_cast<uintptr_t>(at) % 16 == 0 && row * size % 16 == 0;
+  };
+  return dense(in.logits, in.row_stride, in.col_stride) &&
+         (in.null_logits == nullptr || dense(in.null_logits, in.null_row_stride, in.null_col_stride));
 }
 
 }  // namespace unmask::cuda

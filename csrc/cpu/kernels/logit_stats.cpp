@@ -12,10 +12,12 @@
 //
 // Chunks that hold suppressed, biased or forbidden ids, or lie in memory with a column stride, are copied to a 16 KB
 // fp32 scratch first; fp32 holds every bf16 and fp16 value, and the lane of an id depends only on its place in the
-// chunk, so results do not depend on strides, alignment, threads or tiling.
+// chunk, so results do not depend on strides, alignment, threads or tiling. With guidance every chunk is first combined into
+// a buffer of the logits' own dtype (logit_stats_guided.h), which then stands for the row.
 #include "cpu/logit_stats_kernels.h"
 
 #include "cpu/logit_stats_chunk.h"
+#include "cpu/logit_stats_guided.h"
 #include "cpu/philox_vec.h"
 
 namespace unmask::cpu::UNMASK_ISA_NS {
@@ -129,12 +131,13 @@ UNMASK_INLINE void fold_wins(const StatsArgs& a, const T* x, int n, int64_t base
   if (a.temperature > 0.0f) fold_noise(x, n, base, key, a.temperature, st);
 }
 
-template <class T>
-void fold_chunk(const StatsArgs& a, const T* x, int n, int64_t base, const NoiseKey& key, StatsState* st) {
+template <class T, int kRows>
+void fold_chunk(const StatsArgs& a, const T* x, int n, int64_t base, const NoiseKey& key, const Ahead<kRows>& ahead,
+                StatsState* st) {
   float lanes[kStep];
   chunk_max(x, n, lanes);
   const float m = max_of(lanes);
-  fold_sum(chunk_sum_any(x, n, m), st);
+  fold_sum(chunk_sum_any(x, n, m, ahead), st);
   fold_wins(a, x, n, base, key, lanes, m, st);
 }
 
@@ -160,8 +163,8 @@ void to_scratch(const T* x, int64_t stride, int n, float* out) {
 
 // The chunk's values as the softmax sees them, in fp32: biased in list order, suppressed ids at -inf.
 template <class T>
-void modified_chunk(const StatsArgs& a, int64_t entry, const T* x, int n, int64_t base, float* out) {
-  to_scratch(x, a.col_stride, n, out);
+void modified_chunk(const StatsArgs& a, int64_t entry, const T* x, int64_t stride, int n, int64_t base, float* out) {
+  to_scratch(x, stride, n, out);
   for (int64_t j = 0; j < a.n_bias; ++j) {
     const int64_t id = a.bias_ids[entry * a.bias_ids_stride[0] + j * a.bias_ids_stride[1]] - base;
     if (id >= 0 && id < n) out[id] = out[id] + a.bias[entry * a.bias_stride[0] + j * a.bias_stride[1]];
@@ -176,6 +179,10 @@ template <> constexpr bool kEvenOdd<bf16> = true;
 template <class T>
 void fold(const StatsArgs& a, int64_t entry, int64_t row, int64_t chunk_begin, int64_t chunk_end, StatsState* st) {
   const T* x = static_cast<const T*>(a.logits) + row * a.row_stride;
+  const bool two = a.null_logits != nullptr;
+  const T* u = two ? static_cast<const T*>(a.null_logits) + row * a.null_row_stride : nullptr;
+  const int64_t stride = two ? 1 : a.col_stride;  // of what the passes read
+  T mixed[kChunk];
   NoiseKey key;
   if (a.temperature > 0.0f) {
     set_key(&key, static_cast<uint64_t>(a.seed[entry * a.seed_stride]),
@@ -191,21 +198,29 @@ void fold(const StatsArgs& a, int64_t entry, int64_t row, int64_t chunk_begin, i
     const int64_t first = c * kChunk, base = a.offset + first;
     const int n = static_cast<int>(a.count - first < kChunk ? a.count - first : kChunk);
     const T* chunk = x + first * a.col_stride;
+    const T* null_chunk = two ? u + first * a.null_col_stride : nullptr;
+    if (two) guide_chunk(chunk, a.col_stride, null_chunk, a.null_col_stride, n, a.guidance, mixed);
     const int64_t fb = first_at_least(a.forbid, a.n_forbid, base), fe = first_at_least(a.forbid, a.n_forbid, base + n);
     const int64_t sb = first_at_least(a.suppress, a.n_suppress, base);
     const bool changed =
         fb < fe || (sb < a.n_suppress && a.suppress[sb] < base + n) || ((biased >> ((base / kChunk) & 63)) & 1) != 0;
-    if (a.col_stride == 1 && !changed) {
-      fold_chunk(a, chunk, n, base, key, st);
+    if (stride == 1 && !changed) {
+      if (two) {
+        const Ahead<2> ahead = {{chunk_after(chunk).at[0], chunk_after(null_chunk).at[0]}};
+        fold_chunk(a, mixed, n, base, key, ahead, st);
+      } else {
+        fold_chunk(a, chunk, n, base, key, chunk_after(chunk), st);
+      }
       continue;
     }
     float scratch[kChunk], lanes[kStep];
-    modified_chunk(a, entry, chunk, n, base, scratch);
+    modified_chunk(a, entry, two ? mixed : chunk, stride, n, base, scratch);
     chunk_max(scratch, n, lanes);
     float m = max_of(lanes);
-    fold_sum(
-        kEvenOdd<T> ? chunk_sum_any(reinterpret_cast<const EvenOdd*>(scratch), n, m) : chunk_sum_any(scratch, n, m),
-        st);
+    const Ahead<1> ahead = chunk_after(chunk);
+    fold_sum(kEvenOdd<T> ? chunk_sum_any(reinterpret_cast<const EvenOdd*>(scratch), n, m, ahead)
+                         : chunk_sum_any(scratch, n, m, ahead),
+             st);
     if (fb < fe) {  // forbidden ids stay in the sum but cannot win
       for (int64_t j = fb; j < fe; ++j) scratch[a.forbid[j] - base] = neg_inf();
       chunk_max(scratch, n, lanes);
@@ -219,12 +234,14 @@ void fold(const StatsArgs& a, int64_t entry, int64_t row, int64_t chunk_begin, i
 template <class T>
 int32_t at_ids(const StatsArgs& a, int64_t entry, int64_t row, float* out, int64_t stride) {
   const T* x = static_cast<const T*>(a.logits) + row * a.row_stride;
+  const T* u = a.null_logits != nullptr ? static_cast<const T*>(a.null_logits) + row * a.null_row_stride : nullptr;
   int32_t status = 0;
   for (int64_t i = 0; i < a.n_ids; ++i) {
     const int64_t id = a.ids[entry * a.ids_stride[0] + i * a.ids_stride[1]];
     if (id >= a.vocab) status |= kStatusBadId;
     if (id < a.offset || id >= a.offset + a.count) continue;
-    float v = to_float(x[(id - a.offset) * a.col_stride]);
+    const T c = x[(id - a.offset) * a.col_stride];
+    float v = to_float(u == nullptr ? c : guided(c, u[(id - a.offset) * a.null_col_stride], a.guidance));
     for (int64_t j = 0; j < a.n_bias; ++j) {
       if (a.bias_ids[entry * a.bias_ids_stride[0] + j * a.bias_ids_stride[1]] == id)
         v = v + a.bias[entry * a.bias_stride[0] + j * a.bias_stride[1]];

@@ -16,6 +16,7 @@ stored, of few rows at a time.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import torch
 
@@ -44,6 +45,21 @@ class Head:
             self.tiles = [Linear(weight[i : i + tile].contiguous(), format) for i in range(0, self.vocab_size, tile)]
         self.tile = tile
         self.weight = weight if weight.device.type == "cuda" else None  # tiles are views of it
+
+    @classmethod
+    def of_tiles(cls, parts: Iterable[torch.Tensor], format: Format) -> Head:
+        """The same on the CPU from the weight's tiles in order, [TILE, d] each and the last one at most that: each is packed before the next is taken."""
+        head = cls.__new__(cls)
+        head.tile, head.weight, head.tiles = TILE, None, []
+        for part in parts:
+            if part.device.type != "cpu" or part.shape[0] > TILE or (head.tiles and head.tiles[-1].out_features != TILE):
+                raise ValueError(f"Head: tiles must be CPU tensors of {TILE} rows (the last one: at most that), got {list(part.shape)} on {part.device}")
+            head.tiles.append(Linear(part, format))
+            head.width, head.dtype, head.device = part.shape[1], part.dtype, part.device
+        if not head.tiles:
+            raise ValueError("Head: there must be at least one tile, got none")
+        head.vocab_size = sum(t.out_features for t in head.tiles)
+        return head
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[M, d] -> [M, V], materialised: for tests and for users who ask for logits; the decoder never does."""

@@ -109,6 +109,8 @@ def logit_stats(
     seed: torch.Tensor | None = None,
     step: torch.Tensor | None = None,
     pos: torch.Tensor | None = None,
+    null_logits: torch.Tensor | None = None,
+    guidance: float = 1.0,
 ) -> LogitStats:
     """Token, its probability, top-2, entropy and logsumexp of rows of logits, which are read once and never stored in another dtype.
 
@@ -118,16 +120,20 @@ def logit_stats(
     log-probability and logit. topk: 0 to 8. In every id list an id < 0 means none and an id >= V sets Status.BAD_ID (that id is left out,
     the entry stays valid). temperature: 0 = argmax; else Gumbel-max sampling with temperature in (0, 1e30]: argmax of
     temperature * g + logit, g keyed by (seed, step, pos, id), int64 [T'] each and then required.
+    null_logits: [N, V], the dtype and device of logits, any strides: classifier-free guidance (Ho and Salimans, arXiv 2207.12598; in this
+    form LLaDA, arXiv 2502.09992, with guidance = its scale + 1). The logits then are null_logits + guidance * (logits - null_logits), rounded
+    to the dtype after each of the three operations, so that the results have the bits of the call on that torch expression, which is never
+    stored. guidance: finite in float32; only with null_logits may it differ from 1.
 
     Candidates are the ids that are neither forbidden nor suppressed, with a logit above -inf. Ties: lowest id. All of stats comes from the
     softmax at temperature 1 without noise, over all ids that are not suppressed. k ids at +inf share the mass: p1 = 1/k, entropy ln k.
     Returns LogitStats. Entries: row -1: token -1, stats and at_ids 0, status 0. NaN in the row (Status.NAN), no candidate
     (Status.ALL_INF), row out of range (Status.BAD_ROW): token -1, stats and at_ids NaN. Missing top-k: id -1, logit -inf.
-    Errors: RuntimeError for dtype, shape, device, temperature, topk, a missing seed. Noise: csrc/common/noise.h (Philox: Salmon et al. SC11).
+    Errors: RuntimeError for dtype, shape, device, temperature, topk, guidance, a missing seed or null_logits. Noise: csrc/common/noise.h (Philox: Salmon et al. SC11).
     """
     return LogitStats(
         *torch.ops.unmask.logit_stats(
-            logits, rows, forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos
+            logits, rows, forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos, null_logits, guidance
         )
     )
 
@@ -182,7 +188,7 @@ def _outputs(like: torch.Tensor, entries, n_ids, topk: int):
 
 
 @torch.library.register_fake("unmask::logit_stats")
-def _(logits, rows, forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos):
+def _(logits, rows, forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos, null_logits=None, guidance=1.0):
     entries = logits.shape[0] if rows is None else rows.shape[0]
     return _outputs(logits, entries, 0 if ids is None else ids.shape[1], topk)
 

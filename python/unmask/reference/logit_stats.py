@@ -18,12 +18,14 @@ _INF = float("inf")
 
 def logit_stats(
     logits, rows=None, forbid=None, suppress=None, bias_ids=None, bias=None, ids=None, topk=0, temperature=0.0,
-    seed=None, step=None, pos=None,
+    seed=None, step=None, pos=None, null_logits=None, guidance=1.0,
 ) -> LogitStats:  # fmt: skip
     """See `unmask.ops.logit_stats`."""
     entries = _check_arguments(
-        logits, rows, forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos
+        logits, rows, forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos, null_logits, guidance
     )
+    if null_logits is not None:
+        logits = null_logits + guidance * (logits - null_logits)
     n, vocab = logits.shape
     rows = torch.arange(n) if rows is None else rows
     none, bad_row = rows == -1, (rows < -1) | (rows >= n)
@@ -103,7 +105,7 @@ def _softmax(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
 
 
 def _check_arguments(
-    logits, rows, forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos
+    logits, rows, forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos, null_logits=None, guidance=1.0
 ) -> int:
     """Same checks and words as csrc/cpu/logit_stats.cpp; returns T'."""
     _check.floating(_OP, "logits", logits)
@@ -139,4 +141,10 @@ def _check_arguments(
             _check.fail(_OP, name, "given when temperature > 0", None)
         _check.dtype(_OP, int64, **{name: t})
         _check.shape(_OP, name, t, "[T']", (entries,))
+    _check.dtype(_OP, logits.dtype, null_logits=null_logits)
+    _check.shape(_OP, "null_logits", null_logits, "[N, V]", tuple(logits.shape))
+    if not abs(guidance) <= torch.finfo(torch.float32).max:
+        _check.fail(_OP, "guidance", "finite in float32", f"{guidance:f}")
+    if null_logits is None and guidance != 1.0:
+        _check.fail(_OP, "null_logits", "given when guidance is not 1", None)
     return entries
