@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 import unmask
-from unmask.compat import adablock, dream, fast_dllm, llada
+from unmask.compat import adablock, dream, fast_dllm, fast_dllm_v2, llada, llada2, sdar
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("llada", "dream")
+BLOCK_FAMILIES = ("sdar", "llada2", "fast_dllm_v2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,20 +40,30 @@ class Run:
 
 @dataclasses.dataclass
 class Outcome:
-    """ids: rows of tokens, with the prompt. nfe: what the function reported, None where it reports nothing. histories: of AdaBlock."""
+    """ids: rows of tokens, with the prompt. nfe: what the function reported, None where it reports nothing. histories: of AdaBlock.
+    order: what each forward settled, of block-causal models."""
 
     ids: list[list[int]]
     nfe: int | None = None
     histories: tuple[list, list] | None = None
+    order: list | None = None
 
 
 def files(family: str) -> list[Path]:
     return sorted((GOLDEN / family / "runs").glob("*.json"))
 
 
-RUNS = [
-    Run(family, path.stem, data) for family in FAMILIES for path in files(family) for data in json.loads(path.read_text())["runs"]
-]
+def runs(families: tuple[str, ...]) -> list[Run]:
+    return [Run(family, path.stem, data) for family in families for path in files(family) for data in json.loads(path.read_text())["runs"]]
+
+
+RUNS, BLOCK_RUNS = runs(FAMILIES), runs(BLOCK_FAMILIES)
+
+
+def load(family: str) -> unmask.Model:
+    """The family's golden checkpoint; LLaDA2's and Fast-dLLM v2's config.json name no mask token of this small vocabulary."""
+    ids = {"llada2": dict(mask_id=383, block_size=8), "fast_dllm_v2": dict(mask_id=383)}
+    return unmask.load(GOLDEN / family / "checkpoint", overrides=ids.get(family))
 
 
 def replay(run: Run, model: torch.nn.Module) -> Outcome:
@@ -62,7 +73,7 @@ def replay(run: Run, model: torch.nn.Module) -> Outcome:
     if run.file.startswith("dinfer"):
         return _dinfer(run, model)
     prompt = torch.tensor(run.data["prompt_ids"], device=getattr(model, "device", "cpu"))
-    return (_llada if run.family == "llada" else _dream)(run, model, prompt)
+    return _REPLAY[run.family](run, model, prompt)
 
 
 def _llada(run: Run, model, prompt) -> Outcome:
@@ -139,3 +150,25 @@ def _dinfer(run: Run, model) -> Outcome:
         settings.update(variant="dinfer")
     result = unmask.generate(model, run.data["prompt_ids"][0], **settings)
     return Outcome([result.canvas], result.nfe)
+
+
+def _sdar(run: Run, model, prompt) -> Outcome:
+    args = dict(run.args)
+    if run.file == "sdar_generate_sampled":
+        args["sampled_tokens"] = run.data["sampled_tokens_per_denoise_forward"]
+    x, stats = sdar.block_diffusion_generate(model, {"input_ids": prompt}, return_forward_stats=True, **args)
+    return Outcome(x.tolist(), stats["total_forward_steps"], order=stats["decoding_order"])
+
+
+def _llada2(run: Run, model, prompt) -> Outcome:
+    function = llada2.generate_cached if run.file == "llada2_cached" else llada2.generate
+    x, stats = function(model, prompt, record_decoding_order=True, **run.args)
+    return Outcome(x.tolist(), stats["nfe"], order=stats["decoding_order"])
+
+
+def _fast_dllm_v2(run: Run, model, prompt) -> Outcome:
+    x, stats = fast_dllm_v2.generate(model, prompt, return_decoding_order=True, **run.args)
+    return Outcome(x.tolist(), stats["total_forward_steps"], order=stats["decoding_order"])
+
+
+_REPLAY = {"llada": _llada, "dream": _dream, "sdar": _sdar, "llada2": _llada2, "fast_dllm_v2": _fast_dllm_v2}

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import author_modules
-import unmask
-from golden_runs import FAMILIES, GOLDEN, RUNS, files, replay
+import golden_runs
+from golden_runs import BLOCK_FAMILIES, BLOCK_RUNS, FAMILIES, GOLDEN, RUNS, files, replay
+from unmask.compat._blocks import BlockLoop
 
 PER_FILE = {
     "llada": dict(
@@ -25,13 +26,16 @@ PER_FILE = {
         d2cache_padded_batch=1, d2cache_pc=2, d2cache_vanilla=7, d2cache_wino=3, dream_confidence_threshold=2, dream_entropy=4,
         dream_maskgit_plus=5, dream_origin=2, dream_topk_margin=4, fastdllm_block_dual=5, fastdllm_block_prefix=5,
     ),
+    "sdar": dict(sdar_generate=13, sdar_generate_sampled=2),
+    "llada2": dict(llada2_cached=9, llada2_nocache=7),
+    "fast_dllm_v2": dict(fast_dllm_v2=7, fast_dllm_v2_blockcache=7),
 }  # fmt: skip
 LIMIT = 3e-4  # expected of correct fp32 code (golden/README.md); 1e-3 is what it allows
 
 
 @pytest.fixture(scope="module")
 def models():
-    return {family: unmask.load(GOLDEN / family / "checkpoint") for family in FAMILIES}
+    return {family: golden_runs.load(family) for family in (*FAMILIES, *BLOCK_FAMILIES)}
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +43,10 @@ def modules():
     return {"llada": author_modules.LLaDA(), "dream": author_modules.Dream()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, *BLOCK_FAMILIES))
 def test_every_file_and_run_is_here(family):
     assert {path.stem: len(json.loads(path.read_text())["runs"]) for path in files(family)} == PER_FILE[family]
-    assert collections.Counter(r.file for r in RUNS if r.family == family) == PER_FILE[family]
+    assert collections.Counter(r.file for r in (*RUNS, *BLOCK_RUNS) if r.family == family) == PER_FILE[family]
 
 
 def check(run, model):
@@ -57,11 +61,32 @@ def check(run, model):
     assert len(forwards) == run.data["nfe"] and outcome.nfe in (None, run.data["nfe"])
     if outcome.histories is not None:
         assert outcome.histories == (run.data["reported_nfe"], run.data["block_history"])
+    return outcome
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_run(models, run):
     check(run, models[run.family])
+
+
+@pytest.mark.parametrize("run", BLOCK_RUNS, ids=str)
+def test_run_of_a_block_causal_model(models, run, monkeypatch):
+    """Tokens, also those behind the end that the functions cut off, forwards with stores, their windows, and what each settled."""
+    loops, windows = [], []
+    decode = BlockLoop.run
+    monkeypatch.setattr(BlockLoop, "run", lambda self: loops.append(self) or decode(self))
+    handle = models[run.family].register_forward_hook(lambda _, args, out: windows.append(args[0].pos[args[0].row >= 0].tolist()))
+    try:
+        outcome = check(run, models[run.family])
+    finally:
+        handle.remove()
+    (loop,) = loops
+    canvas, whole = loop.state.canvas[0].tolist(), run.data.get("full_ids", [])
+    assert canvas == whole + [run.args["mask_id"]] * (len(canvas) - len(whole)) or not whole
+    assert windows == [list(range(s["input_start"], s["input_start"] + s["input_len"])) for s in run.data["steps"]]
+    assert run.data["steps"][-1]["forward"] + 1 == loop.forwards == loop.row.nfe
+    if "decoding_order" in run.data:
+        assert json.loads(json.dumps(outcome.order)) == run.data["decoding_order"]
 
 
 @pytest.mark.parametrize("run", [r for r in RUNS if r.replays], ids=str)
@@ -87,15 +112,15 @@ def test_forward_logits(models, modules, family):
     assert max(worst.values()) <= LIMIT, worst
 
 
-LOGITS = {family: load_file(GOLDEN / family / "run_logits.safetensors") for family in FAMILIES}
+LOGITS = {family: load_file(GOLDEN / family / "run_logits.safetensors") for family in (*FAMILIES, *BLOCK_FAMILIES)}
 
 
-@pytest.mark.parametrize("key", [(family, key) for family in FAMILIES for key in LOGITS[family]], ids="/".join)
+@pytest.mark.parametrize("key", [(family, key) for family in LOGITS for key in LOGITS[family] if not key.startswith("s2d2")], ids="/".join)
 def test_logits_inside_runs(models, key):
     """The logits of a forward within a run, cached windows among them: of every token that it forwards."""
     family, name = key
     run_id, forward = name.split("/forward")
-    (run,) = [r for r in RUNS if r.family == family and r.data["id"] == run_id]
+    (run,) = [r for r in (*RUNS, *BLOCK_RUNS) if r.family == family and r.data["id"] == run_id]
     model, expected = models[family], LOGITS[family][name]
     hidden: list[torch.Tensor] = []
     handle = model.register_forward_hook(lambda _, args, out: hidden.append(out))

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/id_list.h"
 #include "common/logit_stats_args.h"
 #include "common/register.h"
 #include "cpu/alloc.h"
@@ -26,32 +27,6 @@ template <class T>
 const T* data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
 }
-
-// A sorted copy without negative ids; ids >= vocab are left out and reported.
-struct IdList {
-  std::array<int32_t, 8> small;
-  std::vector<int32_t> large;
-  const int32_t* ids = nullptr;
-  int64_t n = 0;
-
-  void read(const OptTensor& t, int64_t vocab, int32_t* status) {
-    if (!t) return;
-    const int64_t count = t->size(0), stride = t->stride(0);
-    const auto* src = data<int64_t>(*t);
-    int32_t* out = small.data();
-    if (count > static_cast<int64_t>(small.size())) {
-      large.resize(static_cast<size_t>(count));
-      out = large.data();
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t id = src[i * stride];
-      if (id >= vocab) *status |= kStatusBadId;
-      else if (id >= 0) out[n++] = static_cast<int32_t>(id);
-    }
-    std::sort(out, out + n);
-    ids = out;
-  }
-};
 
 struct Prepared {
   StatsArgs args{};

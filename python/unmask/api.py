@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -194,15 +195,33 @@ class _Run:
                 if row.index in running and not row.active:
                     running.discard(row.index)
                     ended[row.index] = now
+            shown = [self._shown(c) for c in record.commits]
             if settings.trace:
-                for commit in record.commits:
+                for commit in shown:
                     traces[commit.row].append(_trace_record(commit, record))
             if not self.quiet:
                 yield Step(record.forward, record.seconds, {c.row: c.masks_left for c in record.commits})
-                for c in record.commits:
-                    yield Commit(c.row, c.block, c.step, c.nfe, c.positions, c.ids, c.scores, c.masks_left, _canvas(state, c.row))
+                for c in shown:
+                    canvas = _canvas(state, c.row)[: self._end(state.rows[c.row])]
+                    yield Commit(c.row, c.block, c.step, c.nfe, c.positions, c.ids, c.scores, c.masks_left, canvas)
         results = [self._row_result(row, ended[row.index], traces[row.index] if settings.trace else None) for row in state.rows]
         yield Done(results[0] if self.prompts.single else results)
+
+    def _end(self, row: Row) -> int:
+        """Where the row's canvas ends for the caller: before the positions that only fill the last attention block up."""
+        return row.end - (self.prompts.surplus[row.index] if self.prompts.surplus else 0)
+
+    def _shown(self, c: EngineCommit) -> EngineCommit:
+        """A commit without those positions."""
+        if not self.prompts.surplus or not self.prompts.surplus[c.row]:
+            return c
+        end = self._end(self.state.rows[c.row])
+        kept = [i for i, p in enumerate(c.positions) if p < end]
+        return dataclasses.replace(
+            c, positions=[c.positions[i] for i in kept], ids=[c.ids[i] for i in kept], scores=[c.scores[i] for i in kept],
+            edited=[e for e in c.edited if e[0] < end], remasked=[r for r in c.remasked if r[0] < end],
+            filled=None if c.filled is None else c.filled[:end],
+        )  # fmt: skip
 
     def _log_prob(self, row: Row) -> float | None:
         """Log-probability of the row's order and tokens, for rules that keep one (plackett_luce)."""
@@ -211,7 +230,7 @@ class _Run:
 
     def _row_result(self, row: Row, seconds: float, trace: list[dict[str, Any]] | None) -> Result:
         config, settings, tokenizer = self.model.config, self.settings, self.model.tokenizer
-        end = row.end - (self.prompts.surplus[row.index] if self.prompts.surplus else 0)
+        end = self._end(row)
         canvas = _canvas(self.state, row.index)[:end]
         masked = self.state.masked[row.index, :end].tolist()
         given = self.prompts.given[row.index]
@@ -226,12 +245,16 @@ class _Run:
         before_eos = [canvas[i] for i in decided if first_eos is None or i < first_eos]
         ids = before_eos if settings.eos_stop else [canvas[i] for i in decided]
         counted = len(before_eos)
-        text = None
+        text, stopped = None, False
         if tokenizer.available:
             text = tokenizer.decode(ids)
             if self.stop is not None:
+                stopped = self.stop.found(text)
                 ids, text = self.stop.cut(ids, text)
                 counted = min(counted, len(ids))
+        reason = row.finish_reason or "length"
+        if (reason == "eos" and first_eos is None) or (reason == "stop" and not stopped):
+            reason = "length"  # what ended the row stands behind the end of its canvas
         return Result(
             text=text,
             ids=ids,
@@ -240,7 +263,7 @@ class _Run:
             nfe=row.nfe,
             tokens_per_forward=counted / row.nfe if row.nfe else 0.0,
             seconds=seconds,
-            finish_reason=row.finish_reason or "length",
+            finish_reason=reason,
             exact=self.resolved["exact"],
             settings=self.resolved,
             trace=trace,
@@ -283,7 +306,10 @@ class _StopStrings:
         ids = self.state.canvas[row.index, row.start : row.start + settled][~given].tolist()
         end = next((i for i, t in enumerate(ids) if t in self.eos_ids), len(ids))
         text = self.tokenizer.decode(ids[:end])
-        return "stop" if any(s in text for s in self.stop) else None
+        return "stop" if self.found(text) else None
+
+    def found(self, text: str) -> bool:
+        return any(s in text for s in self.stop)
 
     def cut(self, ids: list[int], text: str) -> tuple[list[int], str]:
         """The text before the first stop string, and the tokens that end before it."""

@@ -132,6 +132,18 @@ class NativeBackend:
     def stats(self, plan: Plan, live: torch.Tensor, shadow: bool = False, **options) -> LogitStats:
         """Runs the forward of `plan` and reduces the logits of its live candidates. live: bool [N]. options: of `reduce`. shadow: candidates
         that are decided are read from a shadow block that does not see them (WINO)."""
+        self._run(plan, shadow)
+        return self.reduce(plan, live, **options)
+
+    @torch.inference_mode()
+    def store(self, row: int, start: int, end: int) -> torch.Tensor:
+        """Forwards positions [start, end) of one row as they stand, which makes their K and V those of the tokens there now; hidden states
+        [end - start, d_model]. For the authors' loops, which store prompts and finished blocks by forwards of their own."""
+        self._run(make_plan(self.state, ((row, start, end, start, start),), self.shifted))
+        return self.hidden[: end - start]
+
+    def _run(self, plan: Plan, shadow: bool = False) -> None:
+        """The forward of `plan`; its hidden states are kept."""
         if plan is not self._plan:
             self._plan = plan
             self._shadow = pack_shadow(self.state, plan, self.mask_id, self.shifted) if shadow else None
@@ -149,7 +161,6 @@ class NativeBackend:
         if self.soft is not None:
             forward = self.soft.mixed(forward, plan, None if self._shadow is None else self._shadow.real)
         self.hidden = self.model(forward, self.cache)
-        return self.reduce(plan, live, **options)
 
     def reduce(self, plan: Plan, live: torch.Tensor, filters: dict[str, Any] | None = None, **options) -> LogitStats:
         """The reduction alone, over the hidden states of the last forward. filters: top_p, top_k, top_k_first; None = the clean softmax."""

@@ -57,12 +57,19 @@ def attention_block(row: Row, size: int) -> tuple[int, int]:
     return row.block_start // size * size, min(-(-row.block_end // size) * size, row.end)
 
 
-def causal_window(name: str, row: Row, size: int) -> tuple[int, int]:
+def part_start(row: Row, size: int, part: int) -> int:
+    """Start of the part of the attention block that the row's block lies in: parts are aligned to multiples of `part`, so that a prompt's
+    remainder belongs to the first one."""
+    return max(row.block_start // part * part, attention_block(row, size)[0])
+
+
+def causal_window(name: str, row: Row, size: int, part: int) -> tuple[int, int]:
     """Positions [start, end) that a row of a block-causal model forwards at this step. dual: the whole block until the first position of
-    the part being decoded is known (its K/V would else be those of a mask for everyone behind it), as Fast-dLLM v2 does."""
+    the part being decoded is known (its K/V would else be those of a mask for everyone behind it), as Fast-dLLM v2 does. part: length of
+    the parts (sub-blocks) that are decoded together."""
     begin, end = attention_block(row, size)
     if name == "none":
         return 0, end
     if name == "dual" and row.opened == begin and row.first_known:
-        return row.block_start, row.block_end
+        return part_start(row, size, part), row.block_end
     return min(row.stored, begin), end

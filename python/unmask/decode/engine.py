@@ -13,7 +13,7 @@ from .. import ops
 from ..errors import SettingError
 from ..ops import LogitStats
 from .backend import Plan, make_plan
-from .cache import attention_block, causal_window, window
+from .cache import attention_block, causal_window, part_start, window
 from .invalid import report_invalid
 from .policy import Policy
 from .rules.base import Run, Selection, StepView
@@ -133,7 +133,7 @@ class Engine:
             if self._size is None:
                 start, end = window(self.cache, r.step == 0, r.block_start, r.block_end, r.end)
             else:
-                start, end = causal_window(self.cache, r, self._size)
+                start, end = causal_window(self.cache, r, self._size, self.state.schedule.block_size)
             if start:
                 start, end = start - self._lag, end - self._cut
             first, last = candidates(r)
@@ -305,7 +305,8 @@ class Engine:
                 self.state.next_block(row)
         if self._size is not None and self.cache == "dual":
             for row in self.state.active:
-                row.first_known = not bool(self.state.masked[row.index, row.block_start])
+                first = part_start(row, self._size, self.state.schedule.block_size)
+                row.first_known = not bool(self.state.masked[row.index, first])
         return commits
 
     def _eos_reached(self, plan: Plan) -> torch.Tensor:

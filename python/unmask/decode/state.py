@@ -42,7 +42,7 @@ class Row:
     masks: int = 0  # undecided positions when the block began
     stored: int = 0  # block-causal models: K/V of positions before it are final
     opened: int = -1  # start of the attention block that has been forwarded whole
-    first_known: bool = False  # whether the block's first position is decided
+    first_known: bool = False  # block-causal models: whether the first position of the part being decoded is (decode/cache.py)
     nfe: int = 0
     quotas: list[int] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
