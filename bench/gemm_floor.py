@@ -13,6 +13,7 @@ from collections import Counter
 import torch
 
 import timing
+from unmask.models.model import Model
 from unmask.ops.head_stats import TILE
 from unmask.ops.linear import Linear, packing_available, pad_rows
 
@@ -53,6 +54,18 @@ class Gemms:
         hidden = self._rows(head_rows, self.width)
         for tile in self.head:
             tile(hidden)
+
+    @classmethod
+    def of_model(cls, model: Model) -> Gemms:
+        """The linears of a loaded dense model themselves, in their format: for models whose weights do not fit into memory twice."""
+        if model.config.experts is not None:
+            raise ValueError(f"the floor of a model counts dense layers, {model.config.family} has experts")
+        gemms = cls.__new__(cls)
+        layers = model.backbone.layers
+        gemms.dtype, gemms.width, gemms.inner = model.dtype, model.config.d_model, model.config.ffn_dim
+        gemms.layers = [[layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down] for layer in layers]
+        gemms.head, gemms._inputs = model.head.tiles, {}
+        return gemms
 
     def run(self, counts: Counter[tuple[int, int]]) -> None:
         """The products of a whole run."""

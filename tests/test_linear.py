@@ -70,6 +70,6 @@ def test_forced_format(monkeypatch):
 def test_memory_decides_about_fp32_copies(monkeypatch):
     monkeypatch.delenv("UNMASK_GEMM", raising=False)
     monkeypatch.setattr(linear, "cpu_has_bf16_dot", lambda: False)
-    monkeypatch.setattr(linear, "_available_memory", lambda: 1000)
+    monkeypatch.setattr(linear, "available_memory", lambda: 1000)
     assert linear.choose_format(torch.bfloat16, torch.device("cpu"), 100) == "packed_fp32"
     assert linear.choose_format(torch.bfloat16, torch.device("cpu"), 1000) != "packed_fp32"

@@ -1,4 +1,4 @@
-"""The command line tool: `unmask generate`, `unmask policies`, `unmask doctor`, `unmask bench`. Commands import torch only once their arguments are read."""
+"""The command line tool: `unmask generate`, `unmask policies`, `unmask inspect`, `unmask doctor`, `unmask bench`. Commands import torch only once their arguments are read."""
 
 from __future__ import annotations
 

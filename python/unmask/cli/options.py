@@ -75,6 +75,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     return parser, {
         "generate": _generate(commands),
         "policies": _policies(commands),
+        "inspect": _inspect(commands),
         "doctor": _doctor(commands),
         "bench": _bench(commands),
     }
@@ -179,6 +180,27 @@ def _policies(commands) -> Parser:
     )
     p.add_argument("name", nargs="?", help="a policy: print what it does and its settings")
     p.set_defaults(run=_lazily("policies"))
+    return p
+
+
+def _inspect(commands) -> Parser:
+    p = commands.add_parser(
+        "inspect",
+        help="what a model is and needs",
+        description="Family, sizes, memory, caches, what would run where, and whether this machine's memory suffices. Reads no weights.",
+    )
+    p.add_argument("model", help="model folder, Hugging Face id in the local cache, or tiny (embedded)")
+    p.add_argument("--dtype", help="dtype to load in on the CPU: float32 or bfloat16 (default: as stored)")
+    p.add_argument(
+        "--override",
+        type=_assignment,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a field of the config to replace, as overrides of unmask.load does, e.g. mask_id=126336; may be given several times",
+    )
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    p.set_defaults(run=_lazily("inspect"))
     return p
 
 

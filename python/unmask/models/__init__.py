@@ -13,6 +13,7 @@ from importlib import import_module
 _HOME = {
     "ModelConfig": "config",
     "CheckpointInfo": "checkpoint",
+    "describe": "facts",
     "inspect": "checkpoint",
     "load_tensors": "checkpoint",
     "resolve": "hub",

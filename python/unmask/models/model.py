@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ..errors import SettingError
-from ..ops.head_stats import Head
+from ..ops.head_stats import TILE, Head
 from ..ops.linear import Format, choose_format
 from . import checkpoint
 from .backbone import Backbone, Forward, KVCache, Layer, full_forward
 from .config import ModelConfig
 from .layer_weights import LayerWeights
 from .tokenizer import Tokenizer
+
+_DRAWN_AT_ONCE = 1 << 24
+"""Random numbers that `random_model` draws at once, 64 MB of fp32."""
 
 
 class Logits(NamedTuple):
@@ -139,14 +143,24 @@ def build(info: checkpoint.CheckpointInfo, tokenizer: Tokenizer, name: str, dtyp
 def random_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0, std: float = 0.02, name: str = "random") -> Model:
     """A model of any shape with normal random weights, made in memory: for benches and tests of layouts that nobody has on disk.
 
-    config: see ModelConfig. std: standard deviation of the linear weights and the embedding; norms are 1. Deterministic in seed.
+    Weights are packed as they are drawn, so the memory is the model's once plus one product. config: see ModelConfig. std: standard deviation
+    of the linear weights and the embedding; norms are 1. Deterministic in seed.
     """
     generator = torch.Generator().manual_seed(seed)
     config = config.validate()
     format = choose_format(dtype, torch.device("cpu"), config.n_parameters)
 
     def normal(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * std).to(dtype)
+        """Drawn in fp32 in pieces: neither the draw nor its rounding is ever there for a whole large weight."""
+        out = torch.empty(shape, dtype=dtype)
+        flat = out.view(-1)
+        for piece in flat.split(_DRAWN_AT_ONCE):
+            piece.copy_(torch.randn(piece.shape, generator=generator).mul_(std))
+        return out
+
+    def head_tiles() -> Iterator[torch.Tensor]:
+        for i in range(0, config.vocab_size, TILE):
+            yield normal(min(TILE, config.vocab_size - i), d)
 
     ones = torch.ones(config.d_model, dtype=dtype)
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
@@ -154,22 +168,23 @@ def random_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, see
     embed = normal(config.vocab_size, d)
     layers = []
     for i in range(config.n_layers):
-        w = dict(q=normal(q, d), k=normal(kv, d), v=normal(kv, d), o=normal(d, q))
+        # every tensor goes to its layer as soon as it is drawn, and every product is packed with its last one
+        drawn = dict(q=(q, d), k=(kv, d), v=(kv, d), o=(d, q))
         if config.experts is None or i not in config.experts.layers:
-            w.update(gate=normal(f, d), up=normal(f, d), down=normal(d, f))
-        w.update(attn_norm=ones, mlp_norm=ones)
+            drawn.update(gate=(f, d), up=(f, d), down=(d, f))
         if config.qkv_bias:
-            w.update(q_bias=normal(q), k_bias=normal(kv), v_bias=normal(kv))
+            drawn.update(q_bias=(q,), k_bias=(kv,), v_bias=(kv,))
+        drawn.update(_expert_shapes(config, i))
+        norms = dict(attn_norm=ones, mlp_norm=ones)
         if config.qk_norm:
-            w.update(q_norm=torch.ones(config.head_dim, dtype=dtype), k_norm=torch.ones(config.head_dim, dtype=dtype))
-        layer = LayerWeights(config, format, [*w, *_expert_shapes(config, i)])
-        for part, tensor in w.items():
+            norms.update(q_norm=torch.ones(config.head_dim, dtype=dtype), k_norm=torch.ones(config.head_dim, dtype=dtype))
+        layer = LayerWeights(config, format, [*drawn, *norms])
+        for part, tensor in norms.items():
             layer.add(part, tensor)
-        w.clear()
-        for part, shape in _expert_shapes(config, i).items():
+        for part, shape in drawn.items():
             layer.add(part, normal(*shape).float() if part in checkpoint.FP32_NAMES else normal(*shape))
         layers.append(Layer(config, layer, format))
-    head = Head(embed if config.tied_head else normal(config.vocab_size, d), format)
+    head = Head(embed, format) if config.tied_head else Head.of_tiles(head_tiles(), format)
     tokenizer = Tokenizer(Path(name), config, None, None, {})
     return Model(config, Backbone(config, embed, layers, ones), head, tokenizer, name, format).eval()
 

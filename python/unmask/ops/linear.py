@@ -75,13 +75,13 @@ def choose_format(dtype: torch.dtype, device: torch.device, n_params: int) -> Fo
     if dtype is torch.float32:
         return "packed"
     if dtype is torch.bfloat16:
-        if not cpu_has_bf16_dot() and 4 * n_params < _available_memory() // 2:
+        if not cpu_has_bf16_dot() and 4 * n_params < available_memory() // 2:
             return "packed_fp32"
         return "packed" if packing_available(torch.bfloat16) else "plain"
     return "plain"
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes that can be allocated without swapping; 0 where the system does not tell."""
     try:
         with open("/proc/meminfo") as f:
