@@ -32,6 +32,7 @@ def tiny_calls() -> dict[str, tuple[tuple, object]]:
     k_cache, v_cache = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 2, 8)
     inv_freq, cu, seg = torch.ones(4), torch.tensor([0, 1]), torch.tensor([[[0, 1]]])
     logits = torch.randn(1, 16)
+    lse = logits.logsumexp(1)
     state, finished = new_state(1), new_state(1)
     stats_tile(logits, finished, offset=0, vocab=16)
     canvas, masked = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
@@ -47,7 +48,13 @@ def tiny_calls() -> dict[str, tuple[tuple, object]]:
         "block_attention": (
             (q, k_cache, v_cache, cu, i, seg, None, None, 0.3), lambda: ops.block_attention(q, k_cache, v_cache, cu, i, seg, None, None, 0.3),
         ),
-        "logit_stats": ((logits, None, *none, 0, 0.0, None, None, None), lambda: ops.logit_stats(logits)),
+        "logit_stats": ((logits, None, *none, 0, 0.0, None, None, None, None, 1.0), lambda: ops.logit_stats(logits)),
+        "filtered_stats": (
+            (logits, None, None, None, None, None, 0.0, 0.9, 4, False, None, None, None), lambda: ops.filtered_stats(logits, top_p=0.9, top_k=4),
+        ),
+        "kl_stats": (
+            (logits, logits, None, None, lse, lse), lambda: ops.kl_stats(logits, logits, lse=lse, previous_lse=lse),
+        ),
         "stats_tile": (
             (logits, state, None, 0, 16, *none, 0, 0.0, None, None, None), lambda: stats_tile(logits, state, offset=0, vocab=16),
         ),

@@ -23,9 +23,14 @@ Tensor add_norm(Tensor, In, In, double) { return out(); }
 Tensor uniform(In, In, In) { return out(); }
 Tensor rope(In, In, In, Tensor, Tensor, In, In, In, Opt, Opt, Opt, In, double, Mut) { return out(); }
 std::tuple<Tensor, Tensor> attention(In, In, In, In, In, In, Opt, Opt, double, Mut, bool) { return {out(), out()}; }
-std::tuple<Tensor, Tensor, Tensor> stats(In, Opt, Opt, Opt, Opt, Opt, Opt, int64_t, double, Opt, Opt, Opt) {
+std::tuple<Tensor, Tensor, Tensor> stats(In, Opt, Opt, Opt, Opt, Opt, Opt, int64_t, double, Opt, Opt, Opt, Opt,
+                                         double) {
   return {out(), out(), out()};
 }
+std::tuple<Tensor, Tensor, Tensor> filtered(In, Opt, Opt, Opt, Opt, Opt, double, double, int64_t, bool, Opt, Opt, Opt) {
+  return {out(), out(), out()};
+}
+Tensor kl(In, In, Opt, Opt, In, In) { return out(); }
 void tile(In, Tensor, Mut, int64_t, int64_t, Opt, Opt, Opt, Opt, Opt, int64_t, double, Opt, Opt, Opt) {}
 std::tuple<Tensor, Tensor, Tensor> finish(In, Opt, int64_t) { return {out(), out(), out()}; }
 std::tuple<Tensor, Tensor, Tensor> commit(Tensor, Tensor, In, In, In, In, In, Opt, Opt, Opt, int64_t,
@@ -44,6 +49,8 @@ STABLE_TORCH_LIBRARY_IMPL(unmask_floor, CPU, m) {
   m.impl("rope_append", TORCH_BOX(&rope));
   m.impl("block_attention", TORCH_BOX(&attention));
   m.impl("logit_stats", TORCH_BOX(&stats));
+  m.impl("filtered_stats", TORCH_BOX(&filtered));
+  m.impl("kl_stats", TORCH_BOX(&kl));
   m.impl("stats_tile", TORCH_BOX(&tile));
   m.impl("stats_finish", TORCH_BOX(&finish));
   m.impl("commit", TORCH_BOX(&commit));

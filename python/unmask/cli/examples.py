@@ -63,6 +63,8 @@ def examples() -> list[Example]:
         _rope_append(g),
         _block_attention(g),
         *_logit_stats(g),
+        _filtered_stats(g),
+        _kl_stats(g),
         _commit(g),
         *_elementwise(g),
     ]
@@ -195,6 +197,31 @@ def _logit_stats(g: torch.Generator) -> list[Example]:
             "stats_finish", finished, lambda: stats_finish(finished[0]), lambda: head(False), lambda: head(True), 1e-4,
         ),
     ]  # fmt: skip
+
+
+def _filtered_stats(g: torch.Generator) -> Example:
+    n, vocab = 3, CHUNK + 37
+    logits = torch.randn(n, vocab, generator=g) * 4
+    key = dict(seed=torch.tensor([1, 1, 2]), step=torch.tensor([0, 1, 0]), pos=torch.arange(n))
+    options = dict(forbid=torch.tensor([5]), suppress=torch.tensor([17]), temperature=0.7, top_p=0.9, top_k=50, **key)
+    small = torch.randn(1, 64, generator=g)
+    return Example(
+        "filtered_stats", (small, None, None, None, None, None, 0.0, 0.9, 8, False, None, None, None),
+        lambda: ops.filtered_stats(small, top_p=0.9, top_k=8), lambda: ops.filtered_stats(logits, **options),
+        lambda: reference.filtered_stats(logits, **options),
+    )  # fmt: skip
+
+
+def _kl_stats(g: torch.Generator) -> Example:
+    now, before = (torch.randn(3, CHUNK + 37, generator=g) * 3 for _ in range(2))
+    rows = torch.tensor([0, 2, 1]), torch.tensor([1, 0, -1])
+    sums = dict(lse=now[rows[0]].logsumexp(1), previous_lse=before[rows[1]].logsumexp(1))
+    small = torch.randn(1, 64, generator=g)
+    one = small.logsumexp(1)
+    return Example(
+        "kl_stats", (small, small, None, None, one, one), lambda: ops.kl_stats(small, small, lse=one, previous_lse=one),
+        lambda: [ops.kl_stats(now, before, *rows, **sums)], lambda: [reference.kl_stats(now, before, *rows, **sums)],
+    )  # fmt: skip
 
 
 def _commit(g: torch.Generator) -> Example:
