@@ -114,5 +114,9 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 
 def environment() -> dict[str, str]:
+    """Of a process that runs these sources with the op library that the tests use."""
+    from unmask._library import LIBRARY_PATH
+
     source = str(Path(__file__).resolve().parent.parent / "python")
-    return os.environ | {"PYTHONPATH": source + os.pathsep + os.environ.get("PYTHONPATH", "")}
+    path = source + os.pathsep + os.environ.get("PYTHONPATH", "")
+    return os.environ | {"PYTHONPATH": path, "UNMASK_C_LIBRARY": str(LIBRARY_PATH)}
