@@ -123,7 +123,7 @@ class HeadOnly:
     """A native model whose layers cost nothing: hidden states of width 512 are there, the head is real."""
 
     def __init__(self, head: Head):
-        self.head, self.dtype, self.config = head, head.dtype, SimpleNamespace(shifted=False)
+        self.head, self.dtype, self.config = head, head.dtype, SimpleNamespace(visibility="bidirectional", shifted=False)
         self.hidden = torch.randn(4 * BLOCK, WIDTH, generator=torch.Generator().manual_seed(2)).to(head.dtype)
 
     def new_cache(self, rows: int, slots: int) -> None:
