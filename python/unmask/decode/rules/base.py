@@ -110,6 +110,8 @@ class StepView:
 
     def count(self, chosen: torch.Tensor) -> torch.Tensor:
         """int64 [B]: how many of the candidates of each entry are chosen (bool [N])."""
+        if self.entries == 1:
+            return chosen.sum(0, keepdim=True)
         return torch.zeros(self.entries, dtype=torch.int64, device=self.device).index_add_(0, self.entry, chosen.long())
 
     def highest(self, value: torch.Tensor, among: torch.Tensor) -> torch.Tensor:

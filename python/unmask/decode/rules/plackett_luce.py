@@ -39,7 +39,7 @@ class PlackettLuce(Rule):
 
     def select(self, step: StepView, stats: LogitStats, score: torch.Tensor) -> Selection:
         h = hook_result(self.knobs["order_logits"], step, "order_logits").double()
-        h = torch.where(h.isnan(), -torch.inf, h)  # comes last; left out, it would stay masked for ever
+        h = h.nan_to_num(-torch.inf, torch.inf, -torch.inf)  # comes last; left out, it would stay masked for ever
         key = h + order_gumbel(**step.key) if self.knobs["sample"] else h
         quota = step_quota(step)
         masks = step.count(step.masked)
