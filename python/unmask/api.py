@@ -18,13 +18,14 @@ from .decode.daedal import Daedal, Lengthening
 from .decode.engine import Commit as EngineCommit
 from .decode.engine import Engine, StepRecord
 from .decode.policy import Policy
+from .decode.scores import check_vocabulary, read_frequencies
 from .decode.shadow import shadow_slots
 from .decode.state import DecodeState, Row
 from .decode.table import RuleSpec
 from .errors import SettingError, check_names
 from .models import checkpoint, hub
 from .models.config import ModelConfig
-from .models.foreign import Foreign
+from .models.foreign import UNLIMITED, Foreign
 from .models.model import Model, build
 from .models.tokenizer import Tokenizer
 from .ops.info import cuda_archs
@@ -131,6 +132,8 @@ class _Run:
         seeds = settings.row_seeds(len(prompts.canvases))
         policy = settings.policy_for(config)
         _check_needs(policy.spec, model)
+        if policy.rule == "pc" and config.vocab_size < UNLIMITED:  # a module may not say how many tokens it has
+            check_vocabulary(read_frequencies(policy.knobs["frequencies"], model.device), config.vocab_size)
         schedule = settings.block_schedule(model)
         self.state = DecodeState(
             prompts.canvases, prompts.given, config.mask_id, schedule, settings.steps_for_quota(prompts, schedule), seeds, model.device

@@ -10,7 +10,8 @@ import torch
 from ..errors import SettingError
 from .tokenizer import Tokenizer
 
-_UNLIMITED = 1 << 31
+UNLIMITED = 1 << 31
+"""Stands for a size that a module's config does not tell."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Foreign:
         self.module = module
         self.name = type(module).__name__
         self.config = ForeignConfig(
-            mask, eos_ids, vocab if isinstance(vocab, int) else _UNLIMITED, longest if isinstance(longest, int) else _UNLIMITED
+            mask, eos_ids, vocab if isinstance(vocab, int) else UNLIMITED, longest if isinstance(longest, int) else UNLIMITED
         )
         self.tokenizer = Tokenizer(self.name, self.config, None, None, {})  # type: ignore[arg-type]
         weight = next(iter(module.parameters()), torch.empty(0))

@@ -24,7 +24,7 @@ class Klass(Rule):
         canvas = run.state.canvas
         self._history = torch.full((canvas.numel(), self.knobs["history"]), torch.inf, dtype=torch.float32, device=canvas.device)
         self._logits: torch.Tensor | None = None
-        self._lse: torch.Tensor | None = None
+        self._lse = torch.zeros(canvas.numel(), dtype=torch.float32, device=canvas.device)  # of each canvas position's last logits
         self._row = torch.full((canvas.numel(),), -1, dtype=torch.int64, device=canvas.device)  # row of each canvas position in _logits
 
     def select(self, step: StepView, stats: LogitStats, score: torch.Tensor) -> Selection:
@@ -35,18 +35,17 @@ class Klass(Rule):
         lse = self._logsumexp(stats, kept)
         if self._logits is not None:
             before = self._row.index_select(0, step.flat)
-            kl = kl_stats(kept.logits, self._logits, kept.rows, before, lse=lse, previous_lse=self._previous_lse(before))
+            kl = kl_stats(kept.logits, self._logits, kept.rows, before, lse=lse, previous_lse=self._lse.index_select(0, step.flat))
         else:
             kl = torch.full_like(lse, torch.inf)
         history = torch.cat([history[:, 1:], kl[:, None]], 1)
         self._history.index_copy_(0, step.flat, history)
         self._logits = kept.logits
-        self._lse = torch.zeros(kept.logits.shape[0] + 1, device=step.device)  # the last one takes what has no row
-        self._lse[torch.where(kept.rows >= 0, kept.rows, kept.logits.shape[0])] = lse
+        self._lse.index_copy_(0, step.flat, lse)
         self._row.fill_(-1)
         self._row.index_copy_(0, step.flat, kept.rows)
 
-        among = step.masked & step.inside
+        among = step.masked & step.inside if self.scope == "canvas" else step.masked
         bar = float(self.knobs["threshold"])
         confident = score.double() >= bar if self.like_d2cache else score.double() > bar
         chosen = among & confident & (history < float(self.knobs["kl_threshold"])).all(1)
@@ -60,10 +59,6 @@ class Klass(Rule):
         if policy.filtered or policy.suppress or policy.repetition_penalty != 1.0:
             return logit_stats(kept.logits, kept.rows).logsumexp.contiguous()
         return stats.logsumexp.contiguous()
-
-    def _previous_lse(self, rows: torch.Tensor) -> torch.Tensor:
-        assert self._lse is not None
-        return self._lse.index_select(0, torch.where(rows >= 0, rows, self._lse.shape[0] - 1))
 
     def _rows_of(self, step: StepView) -> torch.Tensor:
         """Rows of the kept logits for the candidates that an adaptive schedule left."""
