@@ -14,11 +14,11 @@ import importlib
 __version__ = "0.1.0"
 
 _NAMES = {
-    "load": "api", "generate": "api", "stream": "api", "infill": "api", "policies": "api", "Result": "result", "Step": "result", "Commit": "result",
+    "load": "api", "generate": "api", "stream": "api", "infill": "api", "policies": "api", "wrap": "models.foreign", "Result": "result", "Step": "result", "Commit": "result",
     "Done": "result", "Model": "models.model", "ModelConfig": "models.config", "Settings": "settings", "Policy": "decode.policy", "SoftMasks": "decode.soft",
     "UnmaskError": "errors", "CheckpointError": "errors", "ModelNotFound": "errors", "InvalidLogits": "errors", "SettingError": "errors",
 }  # fmt: skip
-_MODULES = ("ops", "reference", "models", "decode", "compat", "tiny", "errors", "likelihood", "analysis", "templates")
+_MODULES = ("caches", "ops", "reference", "models", "decode", "compat", "tiny", "errors", "likelihood", "analysis", "templates")
 
 __all__ = [*_NAMES, *_MODULES, "__version__"]
 

@@ -14,6 +14,7 @@ from . import ops
 from .decode import daedal_knobs
 from .decode.backend import Guidance, ModuleBackend, NativeBackend
 from .decode.by_length import ByLengthBackend
+from .decode.caches import read_cache
 from .decode.daedal import Daedal, Lengthening
 from .decode.engine import Commit as EngineCommit
 from .decode.engine import Engine, StepRecord
@@ -62,11 +63,12 @@ def load(
     return build(info, tokenizer, str(source), kind, target)
 
 
-def generate(model: Model | torch.nn.Module | str | Path, prompt: Any, **settings: Any) -> Result | list[Result]:
+def generate(model: Model | Foreign | torch.nn.Module | str | Path, prompt: Any, **settings: Any) -> Result | list[Result]:
     """Generates text after a prompt by denoising blocks of masks.
 
     model: what `load` returned, anything `load` takes, or any nn.Module that maps ids [B, L] to logits [B, L, V] (or an object with
-    `.logits`) and whose `config` names its mask token: that one runs without a cache, from ids, on rows of one length. prompt: a string, token ids (list or 1-D tensor) or, with chat=True, a list of
+    `.logits`): that one runs without a cache, on rows of one length; what its `config` does not tell (mask id, shifted logits, ...) is given
+    with `unmask.wrap`. prompt: a string, token ids (list or 1-D tensor) or, with chat=True, a list of
     {"role", "content"} messages: returns one Result; a list of those (or a 2-D tensor): returns a list, decoded as one batch with one
     forward per step; rows may differ in length and every row gets the tokens it gets alone. Settings: see `Settings`.
     Raises SettingError for unknown or out-of-range settings (naming the nearest valid one) and InvalidLogits for NaN logits.
@@ -74,7 +76,7 @@ def generate(model: Model | torch.nn.Module | str | Path, prompt: Any, **setting
     return _prepare(model, prompt, settings, quiet=True).result()
 
 
-def stream(model: Model | torch.nn.Module | str | Path, prompt: Any, **settings: Any) -> Iterator[Step | Commit | Done]:
+def stream(model: Model | Foreign | torch.nn.Module | str | Path, prompt: Any, **settings: Any) -> Iterator[Step | Commit | Done]:
     """`generate`, as it happens: after every forward a Step and, for each row that settled something, a Commit; at the end one Done.
 
     Arguments and errors as in `generate`. Arguments are checked at the call, before the first event.
@@ -82,13 +84,13 @@ def stream(model: Model | torch.nn.Module | str | Path, prompt: Any, **settings:
     return _prepare(model, prompt, settings, quiet=False).events()
 
 
-def _prepare(model: Model | torch.nn.Module | str | Path, prompt: Any, settings: Mapping[str, Any], quiet: bool) -> _Run:
+def _prepare(model: Model | Foreign | torch.nn.Module | str | Path, prompt: Any, settings: Mapping[str, Any], quiet: bool) -> _Run:
     chosen = Settings.from_kwargs(settings)
     loaded = _model(model)
     return _Run(loaded, read_prompts(prompt, loaded, chosen), chosen, quiet)
 
 
-def infill(model: Model | torch.nn.Module | str | Path, canvas: Any, *, prompt: Any = None, **settings: Any) -> Result | list[Result]:
+def infill(model: Model | Foreign | torch.nn.Module | str | Path, canvas: Any, *, prompt: Any = None, **settings: Any) -> Result | list[Result]:
     """Fills the holes of a canvas; every given token stays as it is.
 
     canvas: token ids with None for each hole (a list), text with `[[MASK*n]]` for n holes, an `unmask.templates.Scaffold` (a JSON object
@@ -111,8 +113,8 @@ def policies() -> str:
     return policy_table()
 
 
-def _model(model: Model | torch.nn.Module | str | Path) -> Model | Foreign:
-    if isinstance(model, Model):
+def _model(model: Model | Foreign | torch.nn.Module | str | Path) -> Model | Foreign:
+    if isinstance(model, (Model, Foreign)):
         return model
     return Foreign(model) if isinstance(model, torch.nn.Module) else load(model)
 
@@ -124,7 +126,9 @@ class _Run:
         self.began = time.perf_counter()
         config = model.config
         settings.check_visibility(config)
-        self.cache = settings.cache_for(config) if isinstance(model, Model) else settings.cache or "none"
+        if isinstance(model, Foreign) and settings.cache is None:  # the default of a block-causal model is a cache
+            settings = dataclasses.replace(settings, cache="none")
+        self.cache = settings.cache_for(config) if isinstance(model, Model) else read_cache(settings.cache or "none")
         if config.visibility == "block_causal" and not whole:
             prompts = prompts.filled_up(config.block_size, config.mask_id)
         self.model, self.prompts, self.settings, self.quiet = model, prompts, settings, quiet
@@ -171,16 +175,19 @@ class _Run:
             shadow = shadow_slots(policy, self.state)
             soft = settings.soft_masks.start(self.state, mask_id) if settings.soft_masks is not None else None
             return NativeBackend(model, self.state, mask_id, guidance, shadow, soft)
-        if self.cache != "none":
-            raise SettingError(f"cache={self.cache!r} needs a model from unmask.load; {model.name} can only run with cache='none'")
+        if self.cache.name != "none":
+            raise SettingError(f"cache={str(self.cache)!r} needs a model from unmask.load; {model.name} can only run with cache='none'")
         if settings.soft_masks is not None:
             raise SettingError(f"soft_masks needs a model from unmask.load; {model.name} takes token ids, not embeddings")
-        if settings.schedule == "daedal":
-            return ByLengthBackend(model.module, self.state, mask_id, guidance, shifted=model.config.shifted)
         lengths = sorted({len(c) for c in self.prompts.canvases})
-        if len(lengths) > 1:
+        growing, causal = settings.schedule == "daedal", model.config.visibility == "block_causal"
+        if len(lengths) > 1 and not growing:
             raise SettingError(f"rows must be equally long for {model.name}, which is not from unmask.load; got lengths {lengths}")
-        return ModuleBackend(model.module, self.state, mask_id, guidance, shifted=model.config.shifted)
+        if not (growing or causal):
+            return ModuleBackend(model, self.state, mask_id, guidance, shifted=model.config.shifted)
+        backend = ByLengthBackend(model, self.state, mask_id, guidance, shifted=model.config.shifted)
+        backend.attention_block = model.config.block_size  # rows are called up to the end of their blocks
+        return backend
 
     def result(self) -> Result | list[Result]:
         """Decodes to the end."""
@@ -264,6 +271,7 @@ class _Run:
             canvas=canvas,
             prompt_ids=self.prompts.prompt_ids[row.index],
             nfe=row.nfe,
+            rows_forwarded=row.forwarded,
             tokens_per_forward=counted / row.nfe if row.nfe else 0.0,
             seconds=seconds,
             finish_reason=reason,
@@ -283,7 +291,7 @@ def _trace_record(commit: EngineCommit, record: StepRecord) -> dict[str, Any]:
     return {
         "row": commit.row, "block": commit.block, "step": commit.step, "nfe": commit.nfe, "committed": committed,
         "edited": [list(t) for t in commit.edited],
-        "remasked": [list(t) for t in commit.remasked], "masks_left": commit.masks_left, "ms": record.seconds * 1e3,
+        "remasked": [list(t) for t in commit.remasked], "masks_left": commit.masks_left, "rows": commit.rows, "ms": record.seconds * 1e3,
         **({} if commit.filled is None else {"filled": commit.filled}),
         **({"inserted": [list(t) for t in commit.inserted], "length": commit.length} if isinstance(commit, Lengthening) else {}),
     }  # fmt: skip

@@ -12,7 +12,8 @@ class Result:
 
     text: the generated text, cut at the first EOS and at a stop string; None when the model has no tokenizer. ids: the generated token
     ids before the first EOS (all of them with eos_stop=False). canvas: every token of the row, prompt included. prompt_ids: the prompt.
-    nfe: forwards in which the row took part. tokens_per_forward: tokens before the first EOS / nfe. seconds: wall time until the row
+    nfe: forwards in which the row took part. rows_forwarded: positions that those forwards took, in all (a cache that goes by layers counts
+    the mean over layers). tokens_per_forward: tokens before the first EOS / nfe. seconds: wall time until the row
     ended. finish_reason: "eos", "length", "stop" or "invalid" (only with on_invalid="skip"). exact: False where the cache is
     approximate. settings: every setting as resolved. trace: records of `decode.trace` if asked for, else None. log_prob: of the row's order
     and tokens, for policy="plackett_luce", else None.
@@ -23,6 +24,7 @@ class Result:
     canvas: list[int]
     prompt_ids: list[int]
     nfe: int
+    rows_forwarded: float
     tokens_per_forward: float
     seconds: float
     finish_reason: str

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .decode import daedal_knobs
-from .decode.cache import ALLOWED, CACHES, default_cache, is_exact
+from .decode.caches import CacheRule, cache_for, read_cache
 from .decode.policy import MAX_TEMPERATURE, Policy
 from .decode.schedule import AdaBlock, AlignedBlocks, FixedBlocks
 from .decode.soft import SoftMasks
@@ -49,8 +49,8 @@ class Settings:
     cfg_scale: classifier-free guidance; cfg_convention "llada": logits u + (w + 1)(c - u), 0 = off; "dream": u + w (c - u), 1 = off.
     negative_prompt: text or ids that stand in the unconditional input instead of the masked prompt.
     soft_masks: an unmask.SoftMasks: masks carry a mix of the embeddings of their likeliest tokens (arXiv 2510.17206).
-    cache: by default the exact one: "none", or "block" (finished blocks) for block-causal models. "prefix", "dual": approximate on
-    bidirectional models of more than one layer; "dual" on a block-causal one forwards the part being decoded alone (Fast-dLLM v2).
+    cache: by default the exact one: "none", or "block" (finished blocks) for block-causal models. Others are approximate: "prefix", "dual",
+    "dllm", "dkv", ... (docs/caches.md), with settings as "dual:refresh=4" or as an object of unmask.caches.
     seed: one integer, row i uses hash(seed, i); seeds: one per row instead. eos_stop: end a row, and cut it, at its first EOS;
     "block" ends it only where a block ends.
     stop: a string or up to 16 strings that end and cut the text. chat: the prompt is a user message or a list of messages.
@@ -81,7 +81,7 @@ class Settings:
     cfg_convention: str = "llada"
     negative_prompt: Any = None
     soft_masks: SoftMasks | None = None
-    cache: str | None = None
+    cache: str | CacheRule | None = None
     seed: int = 0
     seeds: tuple[int, ...] | None = None
     eos_stop: bool | str = True
@@ -120,7 +120,7 @@ class Settings:
             integer("block_size", self.block_size, 1, 1 << 20)
         check_names("policy", [self.policy], POLICIES)
         check_names("schedule", [self.schedule], SCHEDULES)
-        check_names("cache", [] if self.cache is None else [self.cache], CACHES)
+        cache = None if self.cache is None else read_cache(self.cache)
         check_names("on_invalid", [self.on_invalid], ("raise", "skip"))
         check_names("confidence_source", [self.confidence_source], ("clean", "tempered"))
         check_names("cfg_convention", [self.cfg_convention], ("llada", "dream"))
@@ -141,12 +141,14 @@ class Settings:
             number("cfg_scale", self.cfg_scale, 0.0, 1e30)
         if self.negative_prompt is not None and self.guidance_weight is None:
             raise SettingError("negative_prompt needs guidance: give cfg_scale")
-        if self.guidance_weight is not None and self.cache not in (None, "none", "block"):
-            raise SettingError(f"cfg_scale needs cache='none', got cache={self.cache!r}")
+        if self.guidance_weight is not None and cache is not None and cache.name not in ("none", "block"):
+            raise SettingError(f"cfg_scale needs cache='none', got cache={str(cache)!r}")
         if self.guidance_weight is not None and "no guidance" in self._spec.needs:
             raise SettingError(f"policy={self.policy!r} does not take guidance; leave cfg_scale out")
-        if self.cache in ("prefix", "dual") and "no cache" in self._spec.needs:
-            raise SettingError(f"policy={self.policy!r} needs cache='none', got cache={self.cache!r}: it changes tokens whose K/V a cache would keep")
+        if cache is not None and cache.name not in ("none", "block") and "no cache" in self._spec.needs:
+            raise SettingError(f"policy={self.policy!r} needs cache='none', got cache={str(cache)!r}: it changes tokens whose K/V a cache would keep")
+        if cache is not None and not cache.every_position and self.schedule != "fixed":
+            raise SettingError(f"cache={str(cache)!r} needs schedule='fixed', got {self.schedule!r}: it does not forward every position when a block opens")
         integer("seed", self.seed, -(1 << 63), (1 << 64) - 1)
         for i, s in enumerate(self.seeds or ()):
             integer(f"seeds[{i}]", s, 0, (1 << 63) - 1)
@@ -209,13 +211,11 @@ class Settings:
             raise SettingError(f"block_size must be a divisor or a multiple of the model's {trained}, got {size}")
         return size
 
-    def cache_for(self, config: ModelConfig) -> str:
-        """cache as it takes effect; raises SettingError for one that the model's attention does not allow."""
-        name = default_cache(config.visibility) if self.cache is None else self.cache
-        allowed = ALLOWED[config.visibility]
-        if name not in allowed:
-            raise SettingError(f"cache must be one of {', '.join(allowed)} for a {config.visibility.replace('_', '-')} model, got {name!r}")
-        return name
+    def cache_for(self, config: ModelConfig) -> CacheRule:
+        """cache as it takes effect; raises SettingError for one that the model's attention or the policy does not allow."""
+        rule = cache_for(self.cache, config)
+        rule.check(self.policy_for(config), config)
+        return rule
 
     def check_visibility(self, config: ModelConfig) -> None:
         """What a block-causal model's attention rules out."""
@@ -281,8 +281,9 @@ class Settings:
         if self.schedule != "adablock":
             for name in ("delimiters", "delimiter_threshold", "delimiter_window"):
                 del values[name]
-        values["block_size"], values["cache"] = self.block_length(model.config), self.cache_for(model.config)
-        exact = is_exact(values["cache"], model.config.visibility, model.config.n_layers)
+        cache = self.cache_for(model.config)
+        values["block_size"], values["cache"] = self.block_length(model.config), str(cache)
+        exact = cache.exact(model.config)
         values.update(
             model=model.name, dtype=str(model.dtype).removeprefix("torch."), device=str(model.device), isa=isa(),
             linear_weights=model.format, exact=exact,

@@ -35,7 +35,7 @@ def here(info, dtype: str | None) -> dict[str, Any]:
     import torch
 
     from .. import ops
-    from ..decode.cache import ALLOWED, default_cache, is_exact
+    from ..decode.caches import CACHES, allowed_caches, default_cache
     from ..models import checkpoint
     from ..models.facts import ITEM_BYTES, loaded_bytes, longest
     from ..ops.linear import available_memory, choose_format
@@ -49,7 +49,7 @@ def here(info, dtype: str | None) -> dict[str, Any]:
     per_token = 2 * c.n_layers * c.n_kv_heads * c.head_dim * ITEM_BYTES[name]
     tokens = longest(free, weights, per_token, c.max_positions)
     return {
-        "caches": {n: {"exact": is_exact(n, c.visibility, c.n_layers), "default": n == default_cache(c.visibility)} for n in ALLOWED[c.visibility]},
+        "caches": {n: {"exact": CACHES[n]().exact(c), "default": n == default_cache(c.visibility)} for n in allowed_caches(c.visibility)},
         "cpu": {
             "isa": ops.isa(), "dtype": name, "linear_weights": format, "experts": None if c.experts is None else "loop over the experts that have rows",
             "weight_bytes": weights, "available_bytes": free, "tokens": tokens,

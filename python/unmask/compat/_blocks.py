@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from ..decode.backend import NativeBackend
-from ..decode.cache import attention_block
+from ..decode.caches import attention_block
 from ..decode.engine import Commit, Engine
 from ..decode.policy import Policy
 from ..decode.schedule import AlignedBlocks

@@ -10,11 +10,12 @@ import torch
 
 from .. import ops
 from ..errors import SettingError
-from ..models.backbone import Forward
+from ..models.backbone import Forward, LayerRunner
 from ..models.model import Model
 from ..ops import LogitStats
 from ..ops.head_stats import head_stats
 from ..ops.linear import pad_rows
+from .caches.base import Runs
 from .guided import GuidedLogits
 from .shadow import ShadowForward, pack_shadow
 from .state import DecodeState
@@ -30,7 +31,10 @@ class Plan:
     flat: int64 [T0] indices of the forwarded positions in the flattened canvas, row after row. candidates: entry e = e-th active row;
     cand_entry, cand_row, cand_pos, cand_flat: int64 [N] (entry, canvas row, position, index in the flattened canvas) of each position of
     each row's block; cand_query: int64 [N], the forwarded token whose output predicts it: its own, or with shifted logits the one before
-    (its own where that one is not forwarded). cu: int64 [B+1], row: int64 [B].
+    (its own where a window begins with it). cu: int64 [B+1], row: int64 [B].
+
+    runs: per entry the forwarded positions, where they are no window; then the window of `entries` is their hull, and reached, bool [N], says
+    which candidates can be predicted (None: all). keys: per entry the cache slots that it sees, None = everything that exists.
     """
 
     entries: tuple[tuple[int, int, int, int, int], ...]  # (row, window start, window end, first candidate, end of candidates)
@@ -45,9 +49,23 @@ class Plan:
     cand_pos: torch.Tensor
     cand_flat: torch.Tensor
     cand_query: torch.Tensor
+    runs: tuple[Runs, ...] | None = None
+    keys: tuple[Runs | None, ...] | None = None
+    reached: torch.Tensor | None = None
+
+    @property
+    def sizes(self) -> list[int]:
+        """Forwarded positions of each entry."""
+        if self.runs is None:
+            return [end - start for _, start, end, _, _ in self.entries]
+        return [sum(end - start for start, end in runs) for runs in self.runs]
 
 
-def make_plan(state: DecodeState, entries: tuple[tuple[int, int, int, int, int], ...], shifted: bool = False) -> Plan:
+def make_plan(
+    state: DecodeState, entries: tuple[tuple[int, int, int, int, int], ...], shifted: bool = False, runs: tuple[Runs, ...] | None = None,
+    keys: tuple[Runs | None, ...] | None = None,
+) -> Plan:  # fmt: skip
+    """entries, runs, keys: see Plan. With shifted logits the output of position i predicts position i + 1."""
     length = state.canvas.shape[1]
     device = state.canvas.device
 
@@ -57,11 +75,21 @@ def make_plan(state: DecodeState, entries: tuple[tuple[int, int, int, int, int],
     def prefix(sizes: list[int]) -> torch.Tensor:
         return torch.tensor([0, *sizes]).cumsum(0).to(device)
 
-    windows = [torch.arange(s, e) for _, s, e, _, _ in entries]
+    if runs is None:
+        windows = [torch.arange(s, e) for _, s, e, _, _ in entries]
+    else:
+        windows = [torch.cat([torch.arange(s, e) for s, e in own]) for own in runs]
     blocks = [torch.arange(cs, ce) for _, _, _, cs, ce in entries]
     cu_q = prefix([w.numel() for w in windows])
     rows = [r for r, *_ in entries]
-    query = [(b - int(shifted)).clamp_min(s) - s + int(first) for b, (_, s, *_), first in zip(blocks, entries, cu_q[:-1].tolist(), strict=True)]
+    reached = None
+    firsts = cu_q[:-1].tolist()
+    if runs is None:
+        query = [(b - int(shifted)).clamp_min(s) - s + first for b, (_, s, *_), first in zip(blocks, entries, firsts, strict=True)]
+    else:
+        places = [_places(w, (b - int(shifted)).clamp_min(0)) for w, b in zip(windows, blocks, strict=True)]
+        reached = cat([p >= 0 for p in places])
+        query = [p.clamp_min(0) + first for p, first in zip(places, firsts, strict=True)]
     return Plan(
         entries=entries,
         flat=cat([w + r * length for r, w in zip(rows, windows, strict=True)]),
@@ -75,7 +103,18 @@ def make_plan(state: DecodeState, entries: tuple[tuple[int, int, int, int, int],
         cand_pos=cat(blocks),
         cand_flat=cat([b + r * length for r, b in zip(rows, blocks, strict=True)]),
         cand_query=cat(query),
+        runs=runs,
+        keys=keys,
+        reached=reached,
     )
+
+
+def _places(window: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """int64 [N]: where in the rising positions `window` each wanted position stands, -1 = nowhere."""
+    if not window.numel():
+        return torch.full_like(wanted, -1)
+    at = torch.searchsorted(window, wanted).clamp_max(window.numel() - 1)
+    return torch.where(window[at] == wanted, at, -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +159,7 @@ class NativeBackend:
         self.attention_block = model.config.block_size if model.config.visibility == "block_causal" else None
         self.keep_logits = False
         self.kept: Kept | None = None
+        self.runner: LayerRunner | None = None  # a cache that goes by layers runs them
         self._plan: Plan | None = None
         self._forward: Forward | None = None
         self._null: _NullEntries | None = None
@@ -160,7 +200,17 @@ class NativeBackend:
             self._null.fill(forward.ids, n, self.state, flat_ids, plan, self.mask_id)
         if self.soft is not None:
             forward = self.soft.mixed(forward, plan, None if self._shadow is None else self._shadow.real)
-        self.hidden = self.model(forward, self.cache)
+        more = {} if self.runner is None else dict(runner=self.runner)
+        self.hidden = self.model(forward, self.cache, **more)
+
+    def rows_forwarded(self, plan: Plan) -> list[float]:
+        """Positions that the last forward of this plan took, per entry: null inputs and shadow blocks count."""
+        rows = [float(n) for n in plan.sizes]
+        if self._null is not None:
+            rows = [n + more for n, more in zip(rows, self._null.sizes, strict=True)]
+        if self._shadow is not None:
+            rows = [n + end - start for n, (*_, start, end) in zip(rows, plan.entries, strict=True)]
+        return rows
 
     def reduce(self, plan: Plan, live: torch.Tensor, filters: dict[str, Any] | None = None, **options) -> LogitStats:
         """The reduction alone, over the hidden states of the last forward. filters: top_p, top_k, top_k_first; None = the clean softmax."""
@@ -219,11 +269,19 @@ class NativeBackend:
         row.append(torch.full((total - tokens,), -1, dtype=torch.int64, device=device))
         pos.append(torch.zeros(total - tokens, dtype=torch.int64, device=device))
         end = torch.cat(spans)
-        seg = torch.stack([torch.zeros_like(end), end], dim=1).unsqueeze(1)
+        seg = torch.stack([torch.zeros_like(end), end], dim=1).unsqueeze(1) if plan.keys is None else _segments(plan.keys, end)
         position = torch.cat(pos)
         ids = torch.zeros(total, dtype=torch.int64, device=device)
         q_end = None if self.attention_block is None else (position // self.attention_block + 1) * self.attention_block
         return Forward(ids, torch.cat(row), position, position, torch.cat(cu_q), torch.cat(kv_row), seg, q_end)
+
+
+def _segments(keys: tuple[Runs | None, ...], end: torch.Tensor) -> torch.Tensor:
+    """int64 [B, G, 2]: (start, length) of what each entry sees; None: [0, end)."""
+    lists = [[(0, e)] if own is None else list(own) for own, e in zip(keys, end.tolist(), strict=True)]
+    most = max(len(own) for own in lists)
+    padded = [[(s, e - s) for s, e in own] + [(0, 0)] * (most - len(own)) for own in lists]
+    return torch.tensor(padded, dtype=torch.int64, device=end.device)
 
 
 def visible_ends(state: DecodeState, plan: Plan, attention_block: int | None) -> torch.Tensor:
@@ -246,11 +304,12 @@ class _NullEntries:
         self._shifted = shifted
         if guidance.negative is None:
             self.token_row, self.token_pos, self.cu = plan.token_row, plan.token_pos, plan.cu_q
+            self.sizes = plan.sizes
             self.ends = torch.tensor([state.rows[r].end for r, *_ in plan.entries], device=device)
             return
         rows = [state.rows[r] for r, *_ in plan.entries]
         prompts = [list(guidance.negative[r.index]) for r in rows]
-        sizes = [len(p) + r.end - r.start for p, r in zip(prompts, rows, strict=True)]
+        self.sizes = sizes = [len(p) + r.end - r.start for p, r in zip(prompts, rows, strict=True)]
         self.cu = torch.tensor([0, *sizes]).cumsum(0).to(device)
         self.ends = torch.tensor(sizes, device=device)
         self.token_pos = torch.cat([torch.arange(s) for s in sizes]).to(device)
@@ -372,6 +431,10 @@ class ModuleBackend:
         if self.vocab != self.logits.shape[-1]:
             self.vocab = self.logits.shape[-1]
             self._check_ids(suppress)
+
+    def rows_forwarded(self, plan: Plan) -> list[float]:
+        """Positions that the last forward of this plan took, per entry: whole canvases, the null inputs too."""
+        return [float(self.state.canvas.shape[1] * (2 if self.guidance else 1))] * len(plan.entries)
 
     def reduce(self, plan: Plan, live: torch.Tensor, filters: dict[str, Any] | None = None, **options) -> LogitStats:
         """The reduction alone, over the logits of the last forward."""

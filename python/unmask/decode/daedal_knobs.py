@@ -53,8 +53,8 @@ def check_alone(settings: Settings) -> None:
         raise SettingError(
             f"schedule='daedal' brings its own commit rule and takes no setting of policies, got {', '.join(settings.knobs)}; its own settings: {', '.join(NAMES)}"
         )
-    if settings.cache not in (None, "none"):
-        raise SettingError(f"schedule='daedal' needs cache='none', got cache={settings.cache!r}: an insertion moves the tokens whose K/V a cache would keep")
+    if settings.cache is not None and str(settings.cache) != "none":
+        raise SettingError(f"schedule='daedal' needs cache='none', got cache={str(settings.cache)!r}: an insertion moves the tokens whose K/V a cache would keep")
     plain = dict(
         position_bias=0.0, certainty_sigma=None, top_p=None, top_k=None, top_k_first=False, confidence_source="clean", repetition_penalty=1.0,
         soft_masks=None, logits_eos_inf=False, confidence_eos_eot_inf=False,

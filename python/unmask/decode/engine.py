@@ -13,7 +13,7 @@ from .. import ops
 from ..errors import SettingError
 from ..ops import LogitStats
 from .backend import Plan, make_plan
-from .cache import attention_block, causal_window, part_start, window
+from .caches import CacheRule, CacheRun, read_cache
 from .invalid import report_invalid
 from .policy import Policy
 from .rules.base import Run, Selection, StepView
@@ -32,6 +32,7 @@ class Backend(Protocol):
     def logits_dtype(self) -> torch.dtype: ...
     def stats(self, plan: Plan, live: torch.Tensor, shadow: bool = False, **options) -> LogitStats: ...
     def reduce(self, plan: Plan, live: torch.Tensor, **options) -> LogitStats: ...
+    def rows_forwarded(self, plan: Plan) -> list[float]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Commit:
     """What one forward settled in one row, in order of (score desc, position asc). nfe: forwards of this row so far, with this one.
 
     edited: (position, old id, new id, score) of decided tokens that were replaced. remasked: (position, old id) of decided tokens that
-    returned to masks. filled: the whole canvas with every undecided position's prediction, before the commit, if asked for.
+    returned to masks. rows: positions that the forward took of this row. filled: the whole canvas with every undecided position's prediction, before the commit, if asked for.
     """
 
     row: int
@@ -53,6 +54,7 @@ class Commit:
     edited: list[tuple[int, int, int, float]] = dataclasses.field(default_factory=list)
     remasked: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     filled: list[int] | None = None
+    rows: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ class StepRecord:
 class Engine:
     """Runs a DecodeState to its end.
 
-    cache: none | prefix | dual | block (decode/cache.py). eos_ids: ids that end a row once every position before them is decided; empty = never.
+    cache: a CacheRule or its name (decode/caches). eos_ids: ids that end a row once every position before them is decided; empty = never.
     eos_at_block_end: only when the row's block is done.
     min_steps: forwards that a block takes at least (the authors' loops run some that commit nothing); max_steps: forwards after which a
     block ends even with masks left (None: no limit). on_invalid: raise | skip. settled: called after a step with a row whose decided
@@ -82,7 +84,7 @@ class Engine:
     state: DecodeState
     backend: Backend
     policy: Policy
-    cache: str = "none"
+    cache: str | CacheRule = "none"
     eos_ids: tuple[int, ...] = ()
     eos_at_block_end: bool = False
     min_steps: Callable[[Row], int] = lambda row: 0
@@ -109,12 +111,15 @@ class Engine:
         self.rule = policy.lower(run)
         self.backend.keep_logits = self.rule.wants_logits
         self._score = Score(run)
-        self._size = self.backend.attention_block
         self._soft = getattr(self.backend, "soft", None)
         moved = self.shifted_window == "moved" or policy.knobs.get("variant") == "d2cache"
         self._lag = 1 if self.backend.shifted and (moved or self.shifted_window == "extended") else 0
         self._cut = 1 if self.backend.shifted and moved else 0
         self._plans: dict[tuple, Plan] = {}
+        shift = int(self.backend.shifted)
+        self._cache = read_cache(self.cache).start(CacheRun(self.state, self.backend, policy, shift, self.state.schedule.block_size))
+        if self._cache.runner is not None:
+            self.backend.runner = self._cache.runner
         self.filled = self.state.canvas.clone() if self.predictions else None
 
     def run(self) -> Iterator[StepRecord]:
@@ -128,22 +133,26 @@ class Engine:
 
     def _plan(self, rows: list[Row], candidates: Callable[[Row], tuple[int, int]]) -> Plan:
         """The plan of a step; rows mostly stay in the same windows, so the last few are kept."""
-        entries = []
+        cache, entries, runs = self._cache, [], []
         for r in rows:
-            if self._size is None:
-                start, end = window(self.cache, r.step == 0, r.block_start, r.block_end, r.end)
-            else:
-                start, end = causal_window(self.cache, r, self._size, self.state.schedule.block_size)
-            if start:
-                start, end = start - self._lag, end - self._cut
             first, last = candidates(r)
-            entries.append((r.index, start, end, first, min(last, end + self._cut)))
-        key = tuple(entries)
+            if cache.windowed:
+                start, end = cache.window(r)
+                if start:
+                    start, end = start - self._lag, end - self._cut
+                last = min(last, end + self._cut)
+            else:
+                runs.append(cache.runs(r))
+                start, end = runs[-1][0][0], runs[-1][-1][1]
+            entries.append((r.index, start, end, first, last))
+        keys = tuple(cache.keys(r) for r in rows)
+        key = tuple(entries), tuple(runs), keys
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= 4:
                 self._plans.clear()
-            plan = self._plans[key] = make_plan(self.state, key, self.backend.shifted)
+            seen = keys if any(k is not None for k in keys) else None
+            plan = self._plans[key] = make_plan(self.state, key[0], self.backend.shifted, tuple(runs) or None, seen)
         return plan
 
     @torch.inference_mode()
@@ -162,6 +171,7 @@ class Engine:
             shared |= self._soft.options()
         noise = dict(temperature=policy.temperature, **step.key) if policy.temperature > 0 else {}
         shadow = dict(shadow=True) if getattr(rule, "shadow", False) else {}
+        self._cache.begin(plan)
         stats = self.backend.stats(plan, live, **shadow, **shared, **noise)
         if policy.repetition_penalty != 1.0:
             stats = self.backend.reduce(plan, live, **self._penalised(step, stats, live, shared), **noise)
@@ -188,6 +198,8 @@ class Engine:
         if policy.forced_first:
             selection = _forced_first(step, selection)
         valid = ~step.spread(invalid)
+        if plan.reached is not None:
+            valid = valid & plan.reached
         eligible = valid if selection.eligible is None else selection.eligible & valid
         if selection.editable is not None:
             selection.editable = selection.editable & valid
@@ -205,6 +217,7 @@ class Engine:
             self.after_commit(step)
         if self._soft is not None:
             self._soft.note(step, stats, entropy)
+        self._cache.committed(step, stats, result.committed)
         return self._advance(step, stats, selection, result, remasked, before, invalid)
 
     def _wide(self, row: Row) -> tuple[int, int]:
@@ -227,7 +240,7 @@ class Engine:
             kept.append(torch.arange(begin, begin + end - first))
             begin += last - first
         keep = torch.cat(kept).to(step.device)
-        plan = make_plan(state, tuple(entries), self.backend.shifted)
+        plan = make_plan(state, tuple(entries), self.backend.shifted, step.plan.runs, step.plan.keys)
         stats = LogitStats(*(t.index_select(0, keep) for t in stats))
         return StepView(state, rows, plan, self.policy.sampled), stats, plan, live.index_select(0, keep)
 
@@ -284,12 +297,13 @@ class Engine:
         ended = self._eos_reached(step.plan) if self._eos is not None else nothing
         left, flag, over, bad = torch.stack([left_now, nothing if flags is None else flags, ended.long(), invalid.long()]).tolist()
         self._report(step, stats, bad)
-        commits = self._records(step, stats, selection, result, remasked, left, before) if self.record else []
+        forwarded = self._cache.rows_forwarded(step.plan, self.backend.rows_forwarded(step.plan))
+        commits = self._records(step, stats, selection, result, remasked, left, before, forwarded) if self.record else []
         for entry, row in enumerate(rows):
             row.nfe += 1
             row.step += 1
-            if self._size is not None:
-                row.stored = row.opened = attention_block(row, self._size)[0]
+            row.forwarded += forwarded[entry]
+            self._cache.forwarded(row)
             if not row.active:
                 continue
             limit = self.max_steps(row)
@@ -303,10 +317,7 @@ class Engine:
                 if self.block_done is not None:
                     self.block_done(row)
                 self.state.next_block(row)
-        if self._size is not None and self.cache == "dual":
-            for row in self.state.active:
-                first = part_start(row, self._size, self.state.schedule.block_size)
-                row.first_known = not bool(self.state.masked[row.index, first])
+        self._cache.moved([row for row in rows if row.active])
         return commits
 
     def _eos_reached(self, plan: Plan) -> torch.Tensor:
@@ -333,7 +344,7 @@ class Engine:
         flat = self.filled.view(-1)
         flat[wide.cand_flat] = torch.where(masked & (rest.token >= 0), rest.token, flat[wide.cand_flat])
 
-    def _records(self, step: StepView, stats, selection, result, remasked, left, before) -> list[Commit]:
+    def _records(self, step: StepView, stats, selection, result, remasked, left, before, forwarded) -> list[Commit]:
         out = []
         bounds = step.plan.cu.tolist()
         score = selection.score
@@ -354,7 +365,7 @@ class Engine:
             out.append(
                 Commit(
                     row.index, row.block, row.step, row.nfe + 1, [p for _, p, _ in triples], [t for _, _, t in triples],
-                    [-s for s, _, _ in triples], left[entry], edited, back, filled,
+                    [-s for s, _, _ in triples], left[entry], edited, back, filled, forwarded[entry],
                 )  # fmt: skip
             )
         return out

@@ -42,8 +42,9 @@ class Row:
     masks: int = 0  # undecided positions when the block began
     stored: int = 0  # block-causal models: K/V of positions before it are final
     opened: int = -1  # start of the attention block that has been forwarded whole
-    first_known: bool = False  # block-causal models: whether the first position of the part being decoded is (decode/cache.py)
+    first_known: bool = False  # block-causal models: whether the first position of the part being decoded is (caches/windows.py)
     nfe: int = 0
+    forwarded: float = 0.0  # positions forwarded so far; where a cache goes by layers, their mean over the layers
     quotas: list[int] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -104,6 +106,15 @@ class Layer(torch.nn.Module):
         return self.mlp(y, f.row)
 
 
+class LayerRunner(Protocol):
+    """Runs a layer of a forward in place of `Layer.forward`, for caches that go by layers. index: the layer's; the rest as there."""
+
+    def __call__(
+        self, index: int, layer: Layer, x: torch.Tensor, residual: torch.Tensor, f: Forward, kv: tuple[torch.Tensor, torch.Tensor],
+        inv_freq: torch.Tensor, status: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor: ...  # fmt: skip
+
+
 class Backbone(torch.nn.Module):
     """Embedding, layers, final norm. `forward` returns the hidden states that the head reads: [T, d_model]."""
 
@@ -117,7 +128,7 @@ class Backbone(torch.nn.Module):
         exponent = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
         self.inv_freq = (1.0 / (config.rope_theta**exponent)).to(embed.device)
 
-    def forward(self, f: Forward, cache: KVCache) -> torch.Tensor:
+    def forward(self, f: Forward, cache: KVCache, runner: LayerRunner | None = None) -> torch.Tensor:
         t = f.ids.shape[0]
         status = torch.zeros(t + f.kv_row.shape[0], dtype=torch.int32, device=f.ids.device)
         parts = (status[:t], status[t:])
@@ -127,8 +138,9 @@ class Backbone(torch.nn.Module):
             weight = f.mix_weight.to(self.embed.dtype)
             residual = torch.nn.functional.embedding_bag(f.mix_ids, self.embed, mode="sum", per_sample_weights=weight)
         x = torch.zeros_like(residual)
-        for layer, kv in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, residual, f, kv, self.inv_freq, parts)
+        for index, (layer, kv) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            run = layer if runner is None else partial(runner, index, layer)
+            x = run(x, residual, f, kv, self.inv_freq, parts)
         hidden = ops.add_rms_norm(residual, x, self.final_norm, self.config.norm_eps)
         if f.ids.device.type == "cpu":  # a read without a sync; on CUDA the decode loop reads it with its done flag
             ops.raise_on_status(status, "forward")

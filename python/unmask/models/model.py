@@ -12,7 +12,7 @@ from ..errors import SettingError
 from ..ops.head_stats import TILE, Head
 from ..ops.linear import Format, choose_format
 from . import checkpoint
-from .backbone import Backbone, Forward, KVCache, Layer, full_forward
+from .backbone import Backbone, Forward, KVCache, Layer, LayerRunner, full_forward
 from .config import ModelConfig
 from .layer_weights import LayerWeights
 from .tokenizer import Tokenizer
@@ -55,7 +55,7 @@ class Model(torch.nn.Module):
 
     def forward(
         self, f: Forward | torch.Tensor | None = None, cache: KVCache | None = None, *, input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None, **others: object,
+        attention_mask: torch.Tensor | None = None, runner: LayerRunner | None = None, **others: object,
     ) -> torch.Tensor | Logits:  # fmt: skip
         f = input_ids if f is None else f
         if others:
@@ -69,7 +69,7 @@ class Model(torch.nn.Module):
         if not isinstance(f, Forward):
             raise SettingError(f"a model is called with token ids int64 [B, L], got {type(f).__name__}")
         assert cache is not None, "a packed Forward needs a KVCache"
-        return self.backbone(f, cache)
+        return self.backbone(f, cache, runner)
 
     def _apply(self, fn, recurse=True):
         """What .to(), .half(), .cuda() and their like call: packed weights cannot be converted, and a silent no-op would lie."""

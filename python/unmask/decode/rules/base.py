@@ -41,7 +41,8 @@ class Run:
 class StepView:
     """One step: the candidates of the active rows, with what was decided before it.
 
-    entry, pos, flat: int64 [N]: entry of each candidate, its position, its index in the flattened canvas. masked: bool [N], undecided.
+    entry, pos, flat: int64 [N]: entry of each candidate, its position, its index in the flattened canvas. masked: bool [N], undecided and
+    reached by the forward (a cache may leave positions out: they wait).
     token, stats: after the reduction, `stats` is the LogitStats of the candidates (zeros where none was wanted).
     """
 
@@ -71,7 +72,8 @@ class StepView:
 
     @cached_property
     def masked(self) -> torch.Tensor:
-        return self.state.masked.view(-1).index_select(0, self.flat)
+        masked = self.state.masked.view(-1).index_select(0, self.flat)
+        return masked if self.plan.reached is None else masked & self.plan.reached
 
     @cached_property
     def given(self) -> torch.Tensor:
