@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -13,7 +13,7 @@ from .. import ops
 from ..errors import SettingError
 from ..ops import LogitStats
 from .backend import Plan, make_plan
-from .caches import CacheRule, CacheRun, read_cache
+from .caches import CacheRule, CacheRun, Runs, read_cache
 from .invalid import report_invalid
 from .policy import Policy
 from .rules.base import Run, Selection, StepView
@@ -131,32 +131,69 @@ class Engine:
             yield StepRecord(forward, time.perf_counter() - began, commits)
             forward += 1
 
+    def join(self, ids: Sequence[int], given: Sequence[bool], seed: int = 0) -> Row:
+        """A new row joins the batch between two steps, in the place of a finished one (or of one that the state was made with room for). It gets
+        the tokens that it gets alone. ids, given: its canvas, as in DecodeState. Raises ValueError where there is no room, SettingError where
+        guidance was asked for (null inputs are laid out for the whole run)."""
+        if getattr(self.backend, "guidance", None) is not None:
+            raise SettingError("rows cannot join a batch with guidance; start another one, or leave cfg_scale out")
+        row = self.state.join(ids, given, seed)
+        for part in (self.rule, self._cache, self._soft):
+            if part is not None:
+                part.joined(row)
+        if self.filled is not None:
+            self.filled[row.index] = self.state.canvas[row.index]
+        self._plans.clear()
+        return row
+
     def _plan(self, rows: list[Row], candidates: Callable[[Row], tuple[int, int]]) -> Plan:
         """The plan of a step; rows mostly stay in the same windows, so the last few are kept."""
-        cache, entries, runs = self._cache, [], []
-        for r in rows:
-            first, last = candidates(r)
-            if cache.windowed:
-                start, end = cache.window(r)
-                if start:
-                    start, end = start - self._lag, end - self._cut
-                last = min(last, end + self._cut)
-            else:
-                runs.append(cache.runs(r))
-                start, end = runs[-1][0][0], runs[-1][-1][1]
-            entries.append((r.index, start, end, first, last))
+        cache, runs = self._cache, []
+        entries = tuple(self._entry(r, candidates, runs) for r in rows)
         keys = tuple(cache.keys(r) for r in rows)
-        key = tuple(entries), tuple(runs), keys
+        key = entries, tuple(runs), keys
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= 4:
                 self._plans.clear()
             seen = keys if any(k is not None for k in keys) else None
-            plan = self._plans[key] = make_plan(self.state, key[0], self.backend.shifted, tuple(runs) or None, seen)
+            plan = self._plans[key] = make_plan(self.state, entries, self.backend.shifted, tuple(runs) or None, seen)
         return plan
+
+    def _entry(self, row: Row, candidates: Callable[[Row], tuple[int, int]], runs: list[Runs]) -> tuple[int, int, int, int, int]:
+        """The row's entry of a plan; where the cache forwards no window, its positions are appended to `runs`."""
+        cache = self._cache
+        first, last = candidates(row)
+        if cache.windowed:
+            start, end = cache.window(row)
+            if start:
+                start, end = start - self._lag, end - self._cut
+            last = min(last, end + self._cut)
+        else:
+            runs.append(cache.runs(row))
+            start, end = runs[-1][0][0], runs[-1][-1][1]
+        return row.index, start, end, first, last
 
     @torch.inference_mode()
     def _step(self, rows: list[Row]) -> list[Commit]:
+        step, stats, invalid, entropy = self._measure(rows)
+        stats, selection = self._choose(step, stats)
+        valid = self._valid(step, invalid)
+        before = step.masked, step.canvas  # what the candidates held, read before the write
+        result = self._write(step, stats, selection, valid)
+        remasked = self.rule.after(step, stats, selection, result.committed)
+        if remasked is not None:
+            remasked = remasked & valid
+            _remask(self.state, step, remasked, self.backend.mask_id)
+        if self.after_commit is not None:
+            self.after_commit(step)
+        if self._soft is not None:
+            self._soft.note(step, stats, entropy)
+        self._cache.committed(step, stats, result.committed)
+        return self._advance(step, stats, selection, result, remasked, before, invalid)
+
+    def _measure(self, rows: list[Row]) -> tuple[StepView, LogitStats, torch.Tensor, torch.Tensor]:
+        """The forward and its statistics: (step, stats, bool [B] entries with invalid logits, entropies that soft masks weigh by)."""
         state, policy, rule = self.state, self.policy, self.rule
         opening = [state.schedule.adaptive and r.step == 0 for r in rows]
         if any(opening):
@@ -191,34 +228,31 @@ class Engine:
             log_p = clean.at_ids[:, 0, 0]
             stats.p.copy_(log_p.exp())
             stats.p_rest.copy_(-torch.expm1(log_p))
-        stats = rule.scored(step, stats)
+        return step, stats, invalid, entropy
+
+    def _choose(self, step: StepView, stats: LogitStats) -> tuple[LogitStats, Selection]:
+        """The statistics as the rule reads them, and what it selects."""
+        stats = self.rule.scored(step, stats)
         step.stats = stats
-        score = self._score(step, stats, self.backend.logits_dtype)
-        selection = rule.select(step, stats, score)
-        if policy.forced_first:
-            selection = _forced_first(step, selection)
+        selection = self.rule.select(step, stats, self._score(step, stats, self.backend.logits_dtype))
+        return stats, _forced_first(step, selection) if self.policy.forced_first else selection
+
+    def _valid(self, step: StepView, invalid: torch.Tensor) -> torch.Tensor:
+        """bool [N]: candidates of entries without invalid logits, where the forward reached them."""
         valid = ~step.spread(invalid)
-        if plan.reached is not None:
-            valid = valid & plan.reached
+        return valid if step.plan.reached is None else valid & step.plan.reached
+
+    def _write(self, step: StepView, stats: LogitStats, selection: Selection, valid: torch.Tensor) -> ops.CommitResult:
+        """Commits what is selected, among the valid candidates (bool [N])."""
+        state, plan = self.state, step.plan
         eligible = valid if selection.eligible is None else selection.eligible & valid
         if selection.editable is not None:
             selection.editable = selection.editable & valid
-        before = step.masked, step.canvas  # what the candidates held, read before the write
-        result = ops.commit(
+        return ops.commit(
             state.canvas, state.masked, plan.cu, plan.row, plan.cand_pos, stats.token, selection.score,
             rule=selection.rule, params=selection.params, cost=selection.cost, eligible=eligible, editable=selection.editable,
             quota=selection.quota, threshold=selection.threshold,
         )  # fmt: skip
-        remasked = rule.after(step, stats, selection, result.committed)
-        if remasked is not None:
-            remasked = remasked & valid
-            _remask(state, step, remasked, self.backend.mask_id)
-        if self.after_commit is not None:
-            self.after_commit(step)
-        if self._soft is not None:
-            self._soft.note(step, stats, entropy)
-        self._cache.committed(step, stats, result.committed)
-        return self._advance(step, stats, selection, result, remasked, before, invalid)
 
     def _wide(self, row: Row) -> tuple[int, int]:
         """Candidates of a row whose schedule is about to decide where its block ends."""
@@ -301,24 +335,29 @@ class Engine:
         commits = self._records(step, stats, selection, result, remasked, left, before, forwarded) if self.record else []
         for entry, row in enumerate(rows):
             row.nfe += 1
-            row.step += 1
             row.forwarded += forwarded[entry]
-            self._cache.forwarded(row)
-            if not row.active:
-                continue
-            limit = self.max_steps(row)
-            done = rule.finished(row, left[entry], flag[entry]) and row.step >= self.min_steps(row)
-            done = done or (limit is not None and row.step >= limit)
-            if self.settled is not None and (done or not rule.revises) and (reason := self.settled(row)):
-                row.finish_reason = reason  # a stop string stands before the EOS that came in the same step
-            elif over[entry] and (done or not (rule.revises or self.eos_at_block_end)):
-                row.finish_reason = "eos"
-            elif done:
-                if self.block_done is not None:
-                    self.block_done(row)
-                self.state.next_block(row)
+            self._move(row, left[entry], flag[entry], bool(over[entry]))
         self._cache.moved([row for row in rows if row.active])
         return commits
+
+    def _move(self, row: Row, left: int, flag: int, over: bool) -> None:
+        """A step of the row is done. left: undecided positions of its block; flag: the rule's; over: an EOS ends it."""
+        rule = self.rule
+        row.step += 1
+        self._cache.forwarded(row)
+        if not row.active:
+            return
+        limit = self.max_steps(row)
+        done = rule.finished(row, left, flag) and row.step >= self.min_steps(row)
+        done = done or (limit is not None and row.step >= limit)
+        if self.settled is not None and (done or not rule.revises) and (reason := self.settled(row)):
+            row.finish_reason = reason  # a stop string stands before the EOS that came in the same step
+        elif over and (done or not (rule.revises or self.eos_at_block_end)):
+            row.finish_reason = "eos"
+        elif done:
+            if self.block_done is not None:
+                self.block_done(row)
+            self.state.next_block(row)
 
     def _eos_reached(self, plan: Plan) -> torch.Tensor:
         """bool [B]: is there an end-of-sequence id that was decided, with every position before it decided too?"""

@@ -80,6 +80,7 @@ def shadow_slots(policy: Policy, state: DecodeState) -> int:
         return 0
     schedule, longest = state.schedule, 0
     for row in state.rows:
-        begun = dataclasses.replace(row, block_start=row.start, block_end=schedule.next_end(row.start, row.end))
-        longest = max(longest, schedule.look(begun) - row.start)
+        start, end = (row.start, row.end) if row.end else (0, state.canvas.shape[1])  # a place that a row may join at: any canvas
+        begun = dataclasses.replace(row, start=start, end=end, block_start=start, block_end=schedule.next_end(start, end))
+        longest = max(longest, schedule.look(begun) - start)
     return longest

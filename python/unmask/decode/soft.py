@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..ops import LogitStats
     from .backend import Plan
     from .rules.base import StepView
-    from .state import DecodeState
+    from .state import DecodeState, Row
 
 SCHEDULES = ("constant", "linear", "stepwise")
 
@@ -82,6 +82,12 @@ class SoftState:
         self.weight[:, :, 0] = 1.0
         regions = [max(r.end - r.start, 1) for r in state.rows]
         self._region = torch.tensor(regions, dtype=torch.float32, device=device)
+
+    def joined(self, row: Row) -> None:
+        """A new row takes the place of a finished one."""
+        self.weight[row.index] = 0.0
+        self.weight[row.index, :, 0] = 1.0
+        self._region[row.index] = max(row.end - row.start, 1)
 
     def options(self) -> dict[str, int]:
         """What the reduction must also return."""

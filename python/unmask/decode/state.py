@@ -11,6 +11,8 @@ from .policy import quota_schedule
 from .schedule import FixedBlocks
 
 MASK64 = (1 << 64) - 1
+UNUSED = "unused"
+"""Finish reason of a place that no row has taken yet."""
 
 
 def row_seeds(seed: int | None, seeds: Sequence[int] | None, rows: int) -> list[int]:
@@ -58,7 +60,8 @@ class DecodeState:
 
     canvas: int64 [B, L], `mask_id` where undecided. masked: bool [B, L], the undecided positions (never derived from ids, so a literal
     mask token in a prompt stays put). given: bool [B, L], positions that were there from the start. rows: one Row each.
-    steps: forwards in all for policy quota, spread over a row's blocks; None = one position per forward.
+    steps: forwards in all for policy quota, spread over a row's blocks; None = one position per forward. rows_at_least, length_at_least: room
+    for rows that `join` later: that many rows, canvases that long.
     """
 
     def __init__(
@@ -70,25 +73,48 @@ class DecodeState:
         steps: int | None,
         seeds: Sequence[int],
         device: torch.device,
+        rows_at_least: int = 0,
+        length_at_least: int = 0,
     ):
-        b, longest = len(canvases), max((len(c) for c in canvases), default=0)
-        self.canvas = torch.full((b, longest), mask_id, dtype=torch.int64)
-        self.masked = torch.zeros((b, longest), dtype=torch.bool)
-        self.rows: list[Row] = []
-        for i, (ids, keep) in enumerate(zip(canvases, given, strict=True)):
-            self.canvas[i, : len(ids)] = torch.as_tensor(ids, dtype=torch.int64)
-            undecided = ~torch.as_tensor(keep, dtype=torch.bool)
-            self.masked[i, : len(ids)] = undecided
-            self.canvas[i, : len(ids)][undecided] = mask_id
-            holes = torch.nonzero(undecided).flatten()
-            start = int(holes[0]) if holes.numel() else len(ids)
-            self.rows.append(Row(i, start, len(ids), block_end=start))
+        b, longest = max(len(canvases), rows_at_least), max((len(c) for c in canvases), default=0)
+        self.mask_id, self.schedule, self.steps = mask_id, schedule, steps
+        self.canvas = torch.full((b, max(longest, length_at_least)), mask_id, dtype=torch.int64)
+        self.masked = torch.zeros_like(self.canvas, dtype=torch.bool)
+        self.rows = [self._place(i, ids, keep) for i, (ids, keep) in enumerate(zip(canvases, given, strict=True))]
+        self.rows += [Row(i, 0, 0, finish_reason=UNUSED) for i in range(len(self.rows), b)]
         self.canvas, self.masked = self.canvas.to(device), self.masked.to(device)
         self.given = ~self.masked
-        self.seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
-        self.schedule, self.steps = schedule, steps
-        for row in self.rows:
+        self.seeds = torch.tensor([*seeds, *[0] * (b - len(seeds))], dtype=torch.int64, device=device)
+        for row in self.active:
             self.next_block(row)
+
+    def _place(self, index: int, ids: Sequence[int], keep: Sequence[bool]) -> Row:
+        """Writes a row's canvas and undecided map."""
+        undecided = ~torch.as_tensor(keep, dtype=torch.bool)
+        tokens = torch.as_tensor(ids, dtype=torch.int64)
+        if tokens.shape != undecided.shape:
+            raise ValueError(f"given must have one flag per token, {tokens.shape[0]} here, got {undecided.shape[0]}")
+        self.canvas[index], self.masked[index] = self.mask_id, False
+        self.canvas[index, : len(ids)] = torch.where(undecided, self.mask_id, tokens).to(self.canvas.device)
+        self.masked[index, : len(ids)] = undecided.to(self.masked.device)
+        holes = torch.nonzero(undecided).flatten()
+        start = int(holes[0]) if holes.numel() else len(ids)
+        return Row(index, start, len(ids), block_end=start)
+
+    def join(self, ids: Sequence[int], keep: Sequence[bool], seed: int) -> Row:
+        """Puts a new row in the place of one that has finished, between two steps; every other row goes on as it would. Its K/V slots are the
+        old row's, and it forwards everything that it sees before it reads any of them. Raises ValueError where there is no room."""
+        free = next((r.index for r in self.rows if not r.active), None)
+        if free is None:
+            raise ValueError(f"all {len(self.rows)} rows are being decoded; wait for one to finish")
+        if len(ids) > self.canvas.shape[1]:
+            raise ValueError(f"the canvas must be at most {self.canvas.shape[1]} tokens long, got {len(ids)}")
+        row = self._place(free, ids, keep)
+        self.given[free] = ~self.masked[free]
+        self.seeds[free] = seed
+        self.rows[free] = row
+        self.next_block(row)
+        return row
 
     @property
     def active(self) -> list[Row]:

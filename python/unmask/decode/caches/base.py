@@ -127,6 +127,9 @@ class Cache:
     def committed(self, step: StepView, stats: LogitStats, committed: torch.Tensor) -> None:
         """Called once the step's tokens are written. committed: bool [N], which candidates were."""
 
+    def joined(self, row: Row) -> None:
+        """Called with a row that takes the place of a finished one: nothing that was kept of row.index counts any more."""
+
     def forwarded(self, row: Row) -> None:
         """Called for every row of the step before it moves on; row.step counts the step that is done."""
 

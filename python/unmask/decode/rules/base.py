@@ -179,6 +179,9 @@ class Rule:
         self.run = run
         self.knobs = run.policy.knobs
 
+    def joined(self, row: Row) -> None:
+        """A new row takes the place of a finished one: what is kept over steps of row.index is forgotten."""
+
     def candidates(self, row: Row) -> tuple[int, int]:
         """[start, end) of the row's candidate positions at this step."""
         return row.block_start, row.end if self.scope == "canvas" else row.block_end

@@ -27,6 +27,11 @@ class Klass(Rule):
         self._lse = torch.zeros(canvas.numel(), dtype=torch.float32, device=canvas.device)  # of each canvas position's last logits
         self._row = torch.full((canvas.numel(),), -1, dtype=torch.int64, device=canvas.device)  # row of each canvas position in _logits
 
+    def joined(self, row) -> None:
+        length = self.run.state.canvas.shape[1]
+        span = slice(row.index * length, (row.index + 1) * length)
+        self._history[span], self._row[span] = torch.inf, -1
+
     def select(self, step: StepView, stats: LogitStats, score: torch.Tensor) -> Selection:
         kept = self.run.backend.kept
         if kept.rows.shape[0] != step.pos.shape[0]:  # an adaptive schedule cut the candidates after the forward

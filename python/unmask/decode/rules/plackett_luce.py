@@ -37,6 +37,9 @@ class PlackettLuce(Rule):
             raise SettingError("policy='plackett_luce' needs order_logits: a function of a StepView that returns float [N] on the device")
         self.log_prob = torch.zeros(run.state.canvas.shape[0], dtype=torch.float64, device=run.device)
 
+    def joined(self, row) -> None:
+        self.log_prob[row.index] = 0.0
+
     def select(self, step: StepView, stats: LogitStats, score: torch.Tensor) -> Selection:
         h = hook_result(self.knobs["order_logits"], step, "order_logits").double()
         h = h.nan_to_num(-torch.inf, torch.inf, -torch.inf)  # comes last; left out, it would stay masked for ever

@@ -62,6 +62,9 @@ class ReMDM(Rule):
             raise SettingError(f"t_off must be at most t_on (time runs from 1 to 0), got t_off={self.knobs['t_off']}, t_on={self.knobs['t_on']}")
         self._psi = torch.full((run.state.canvas.numel(),), torch.inf, dtype=torch.float64, device=run.device)
 
+    def joined(self, row) -> None:
+        self._psi.view(self.run.state.canvas.shape)[row.index] = torch.inf
+
     def steps(self, row) -> int:
         return self.knobs["steps"] or max(2 * row.masks, 1)
 

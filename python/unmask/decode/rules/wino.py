@@ -37,6 +37,9 @@ class Wino(Rule):
         self._open = torch.ones_like(run.state.masked)
         self._stretch: dict[int, tuple[int, int]] = {}
 
+    def joined(self, row) -> None:
+        self._accepted[row.index], self._open[row.index] = FIRST_ACCEPT, True
+
     def candidates(self, row) -> tuple[int, int]:
         if self.like_d2cache and row.step > 0:
             return self._stretch[row.index]
