@@ -38,16 +38,7 @@ CHAT_TEMPLATE = (
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 """Tokens that a tokenizer must have for CHAT_TEMPLATE to be used."""
 
-OVERRIDABLE = {
-    "mask_id": ("mask_token_id", 0),
-    "eos_ids": ("eos_token_id", []),
-    "pad_id": ("pad_token_id", None),
-    "max_positions": ("max_position_embeddings", 1),
-    "rope_theta": ("rope_theta", 1.0),
-    "norm_eps": ("rms_norm_eps", 1e-6),
-}
-"""ModelConfig fields that a caller may give where config.json's field is missing or wrong: that field, and a value that
-passes in its place until the caller's is put in."""
+OVERRIDABLE = qwen.OVERRIDABLE
 
 _FIXED: dict[str, tuple[Any, Any]] = {"hidden_act": ("silu", "silu")}
 """Field -> (the one supported value, the authors' default where the field is missing)."""
@@ -67,30 +58,20 @@ def read_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
     qwen.check_rope_scaling(f)
     qwen.check_full_attention(f)
 
-    d_model = f.integer("hidden_size", "d_model")
-    n_heads = f.integer("num_attention_heads", "n_heads")
-    head_dim = qwen.head_dim(f, d_model, n_heads)
-    rows = f.integer("vocab_size", "vocab_size")
+    dense = qwen.dense_fields(f)
+    head_dim = qwen.head_dim(f, dense["d_model"], dense["n_heads"])
+    rows = dense["vocab_size"]
     eos_ids = f.eos_ids(EOS_ID if rows > EOS_ID else None, rows)
     config = ModelConfig(
         family="dream",
-        d_model=d_model,
-        n_layers=f.integer("num_hidden_layers", "n_layers"),
-        n_heads=n_heads,
-        n_kv_heads=qwen.kv_heads(f, n_heads),
+        **dense,
         head_dim=head_dim,
-        ffn_dim=f.integer("intermediate_size", "ffn_dim"),
-        vocab_size=rows,
-        rope_theta=f.number("rope_theta", 10000.0),
         rotary_dim=head_dim,
-        norm_eps=f.number("rms_norm_eps", 1e-6),
         qkv_bias=True,
         qk_norm=False,
-        tied_head=f.flag("tie_word_embeddings", False),
         mask_id=f.one_id("mask_token_id", MASK_ID if rows > MASK_ID else None, rows, VOCAB_SIZE),
         eos_ids=eos_ids,
         pad_id=f.one_id("pad_token_id", eos_ids[0] if eos_ids else None, rows, VOCAB_SIZE, required=False),
-        max_positions=f.integer("max_position_embeddings", "max_positions", 32768),
         block_size=None,
         shifted=True,
         visibility="bidirectional",

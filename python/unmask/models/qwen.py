@@ -7,11 +7,23 @@ Names: transformers' Qwen2, Qwen3 and Qwen3-MoE, which the authors' classes copy
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from .config import Experts, Fields, ModelConfig, WeightSpec, shown
 
 PREFIX = "model."
 """Leading part of every weight name but the head's."""
+
+OVERRIDABLE = {
+    "mask_id": ("mask_token_id", 0),
+    "eos_ids": ("eos_token_id", []),
+    "pad_id": ("pad_token_id", None),
+    "max_positions": ("max_position_embeddings", 1),
+    "rope_theta": ("rope_theta", 1.0),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+}
+"""ModelConfig fields that a caller may give where config.json's field is missing or wrong: that field, and a value that
+passes in its place until the caller's is put in."""
 
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
@@ -52,6 +64,23 @@ def head_dim(f: Fields, d_model: int, n_heads: int) -> int:
 def kv_heads(f: Fields, n_heads: int) -> int:
     """num_key_value_heads; null: as many as query heads. Missing is an error: the classes' default, 32, fits no released model."""
     return f.integer("num_key_value_heads", "n_kv_heads", n_heads if "num_key_value_heads" in f.raw else None)
+
+
+def dense_fields(f: Fields) -> dict[str, Any]:
+    """The ModelConfig fields that every dense decoder of Qwen's reads alike; the whole head rotates. head_dim and the ids are the family's."""
+    n_heads = f.integer("num_attention_heads", "n_heads")
+    return dict(
+        d_model=f.integer("hidden_size", "d_model"),
+        n_layers=f.integer("num_hidden_layers", "n_layers"),
+        n_heads=n_heads,
+        n_kv_heads=kv_heads(f, n_heads),
+        ffn_dim=f.integer("intermediate_size", "ffn_dim"),
+        vocab_size=f.integer("vocab_size", "vocab_size"),
+        rope_theta=f.number("rope_theta", 10000.0),
+        norm_eps=f.number("rms_norm_eps", 1e-6),
+        tied_head=f.flag("tie_word_embeddings", False),
+        max_positions=f.integer("max_position_embeddings", "max_positions", 32768),
+    )
 
 
 def weight_map(config: ModelConfig) -> dict[str, WeightSpec]:
