@@ -7,17 +7,17 @@ import torch
 
 import test_golden as golden
 import unmask
-from golden_runs import FAMILIES, GOLDEN, RUNS
+from golden_runs import BLOCK_FAMILIES, BLOCK_RUNS, FAMILIES, RUNS, load
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
 
 @pytest.fixture(scope="module")
 def models():
-    return {family: unmask.load(GOLDEN / family / "checkpoint", device="cuda") for family in FAMILIES}
+    return {family: load(family, "cuda") for family in (*FAMILIES, *BLOCK_FAMILIES)}
 
 
-@pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize("run", (*RUNS, *BLOCK_RUNS), ids=str)
 def test_run_on_the_gpu(models, run):
     golden.check(run, models[run.family])
 
