@@ -1,0 +1,72 @@
+"""The backend of S2D2: a model's, with room behind the canvas for verifications and the two variants of who sees what."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from ..decode.backend import NativeBackend, Plan
+from ..decode.caches import attention_block
+from ..decode.state import DecodeState, Row
+from ..models.backbone import Forward
+from ..models.model import Model
+from .s2d2_options import Options
+from .verifier import scratch_slots
+
+
+class S2D2Backend(NativeBackend):
+    """A model with room behind its canvas for verifications, and, with cache_ver or draft_ver, the forwards that these ask for.
+
+    causal_until: for draft_ver, up to which position (exclusive) the tokens of a row's block see token-causally; None = its first mask.
+    """
+
+    def __init__(self, model: Model, state: DecodeState, mask_id: int, options: Options, attention_block: int | None = None):
+        size = attention_block or model.config.block_size or 1
+        super().__init__(model, state, mask_id, extra_slots=scratch_slots(state, size))
+        if attention_block is not None:
+            self.attention_block = attention_block
+        self.options = options
+        self.causal_until: Callable[[Row], int] | None = None
+        self._storing = False
+
+    def store(self, row: int, start: int, end: int) -> torch.Tensor:
+        self._storing = True
+        try:
+            return super().store(row, start, end)
+        finally:
+            self._storing = False
+
+    def _run(self, plan: Plan, shadow: bool = False) -> None:
+        if self.options.draft_ver or self.options.cache_ver:
+            self._plan = None  # who sees what changes from step to step
+        super()._run(plan, shadow)
+
+    def _packed(self, plan: Plan) -> Forward:
+        forward = super()._packed(plan)
+        if not (self.options.draft_ver or self.options.cache_ver):
+            return forward
+        assert forward.q_end is not None and self.attention_block is not None
+        causal = torch.zeros_like(forward.q_end, dtype=torch.bool)
+        bounds = plan.cu_q.tolist()
+        for i, (index, *_) in enumerate(plan.entries):
+            own = slice(bounds[i], bounds[i + 1])
+            causal[own] = self._causal(self.state.rows[index], forward.pos[own])
+        return dataclasses.replace(forward, q_end=torch.where(causal, forward.pos + 1, forward.q_end))
+
+    def _causal(self, row: Row, pos: torch.Tensor) -> torch.Tensor:
+        """bool [n]: which of a row's forwarded positions see no further than themselves."""
+        if self._storing:
+            return torch.full_like(pos, self.options.cache_ver, dtype=torch.bool)
+        begin, end = attention_block(row, self.attention_block)
+        before = pos < begin
+        causal = before if self.options.cache_ver else torch.zeros_like(before)
+        if not self.options.draft_ver:
+            return causal
+        if self.causal_until is not None:
+            until = self.causal_until(row)
+        else:
+            masks = torch.nonzero(self.state.masked[row.index, begin:end]).flatten()
+            until = begin + int(masks[0]) if masks.numel() else end
+        return causal | (~before & (pos < until))
