@@ -37,6 +37,8 @@ def tiny_calls() -> dict[str, tuple[tuple, object]]:
     stats_tile(logits, finished, offset=0, vocab=16)
     canvas, masked = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
     score, bar = torch.ones(1), torch.ones(1)
+    place, one = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    chain = torch.zeros(1, 1, 1, dtype=torch.int64)
     none = (None,) * 5
     rope = (q, q, q, k_cache, v_cache, i, i, i, None, None, None, inv_freq, 1e-5)
     return {
@@ -63,6 +65,12 @@ def tiny_calls() -> dict[str, tuple[tuple, object]]:
             (canvas, masked, cu, i, i, i, score, None, None, None, 1, [], None, bar),
             lambda: ops.commit(canvas, masked, cu, i, i, i, score, rule=1, threshold=bar),
         ),
+        "verify_greedy": ((chain, chain, None, i, -1, False, None), lambda: ops.verify_greedy(chain, chain, None, i)),
+        "verify_ratio": (
+            (logits, logits, i, i, i, cu, i, i, i, None, None, 1.0, 1.0, True), lambda: ops.verify_ratio(logits, logits, i, i, i, cu, i, i, i),
+        ),
+        "moe_route": ((logits, None, None, 1, 1, 1, 2, True, 1.0, 1), lambda: ops.moe_route(logits, top_k=2)),
+        "moe_combine": ((x, place, one), lambda: ops.moe_combine(x, place, one)),
     }  # fmt: skip
 
 

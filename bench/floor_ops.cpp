@@ -37,6 +37,16 @@ std::tuple<Tensor, Tensor, Tensor> commit(Tensor, Tensor, In, In, In, In, In, Op
                                           const std::vector<double>&, Opt, Opt, Mut) {
   return {out(), out(), out()};
 }
+std::tuple<Tensor, Tensor> greedy(In, In, Opt, In, int64_t, bool, Mut) { return {out(), out()}; }
+std::tuple<Tensor, Tensor, Tensor, Tensor> ratio(In, In, In, In, In, In, Opt, Opt, Opt, Opt, Opt, double, double,
+                                                 bool) {
+  return {out(), out(), out(), out()};
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(In, Opt, Opt, int64_t, int64_t, int64_t, int64_t, bool, double,
+                                                         int64_t) {
+  return {out(), out(), out(), out(), out()};
+}
+Tensor combine(In, In, In) { return out(); }
 
 }  // namespace
 
@@ -54,4 +64,8 @@ STABLE_TORCH_LIBRARY_IMPL(unmask_floor, CPU, m) {
   m.impl("stats_tile", TORCH_BOX(&tile));
   m.impl("stats_finish", TORCH_BOX(&finish));
   m.impl("commit", TORCH_BOX(&commit));
+  m.impl("verify_greedy", TORCH_BOX(&greedy));
+  m.impl("verify_ratio", TORCH_BOX(&ratio));
+  m.impl("moe_route", TORCH_BOX(&route));
+  m.impl("moe_combine", TORCH_BOX(&combine));
 }

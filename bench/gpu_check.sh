@@ -20,7 +20,7 @@ for word in "$@"; do
 done
 [ ${#stages[@]} -gt 0 ] || stages=(info tests sanitize bench bench_attention bench_head bench_step)
 mkdir -p "$out"
-gpu_tests=(tests/test_cuda_logit_stats.py tests/test_cuda_ops.py tests/test_cuda_attention.py tests/test_cuda_head.py tests/test_cuda_golden.py)
+gpu_tests=(tests/test_cuda_logit_stats.py tests/test_cuda_ops.py tests/test_cuda_attention.py tests/test_cuda_head.py tests/test_cuda_golden.py tests/test_cuda_verify.py tests/test_cuda_moe.py)
 failed=()
 
 info() {

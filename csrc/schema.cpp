@@ -69,8 +69,29 @@ STABLE_TORCH_LIBRARY(unmask, m) {
       "status=None) "
       "-> (Tensor committed, Tensor count, Tensor left)");
 
+  // Which draft nodes a plain decoding would also have passed through, by their contents: a walk down a chain or tree of equal nodes, or
+  // (subset) the fixed point of "the furthest node that agrees with what this one became". -> (last, length)
+  m.def(
+      "verify_greedy(Tensor node, Tensor after, Tensor? parent, Tensor count, int mask_id, bool subset, "
+      "Tensor(a!)? status=None) -> (Tensor last, Tensor length)");
+
+  // Speculative sampling over packed spans: the accepted prefix of each, and a token of the residual at its first rejection.
+  m.def(
+      "verify_ratio(Tensor p_logits, Tensor q_logits, Tensor p_row, Tensor q_row, Tensor token, Tensor cu, Tensor? "
+      "seed, Tensor? step, Tensor? pos, Tensor? uniforms, Tensor? forbid, float temper, float temperature, bool "
+      "resample) "
+      "-> (Tensor accepted, Tensor next, Tensor log_ratio, Tensor status)");
+
   // Row-wise pieces between the GEMMs: RMSNorm, residual add + RMSNorm in one pass, silu(gate) * up.
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor(a!) residual, Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("silu_mul(Tensor gate_up) -> Tensor");
+
+  // Which experts a token goes through and with which weights, and the counting sort of (token, expert) pairs that products by expert need;
+  // then a token's experts' outputs, weighted and added in the order of choice.
+  m.def(
+      "moe_route(Tensor logits, Tensor? row, Tensor? bias, int scoring, int n_groups, int groups_kept, int top_k, "
+      "bool renormalise, float scale, int multiple) "
+      "-> (Tensor expert, Tensor weight, Tensor place, Tensor source, Tensor offsets)");
+  m.def("moe_combine(Tensor y, Tensor place, Tensor weight) -> Tensor");
 }

@@ -66,7 +66,7 @@ def plain_moe(own: dict[str, torch.Tensor], e: Experts, token: torch.Tensor) -> 
 
 def plain_route(logits: torch.Tensor, e: Experts, bias: torch.Tensor | None) -> list[tuple[int, torch.Tensor]]:
     """(expert, weight) of one token in the order of choice, by Python's own (stable) sort: equal values by index."""
-    score = torch.sigmoid(logits) if e.scoring == "sigmoid" else torch.softmax(logits, -1)
+    score = _scores(logits, e.scoring)
     choice = score if bias is None else score + bias
     size = e.n_experts // e.n_groups
 
@@ -80,3 +80,12 @@ def plain_route(logits: torch.Tensor, e: Experts, bias: torch.Tensor | None) -> 
     if e.normalized:
         weights = [weight / sum(weights) for weight in weights]
     return [(i, weight * e.scale) for i, weight in zip(chosen, weights, strict=True)]
+
+
+def _scores(logits: torch.Tensor, scoring: str) -> torch.Tensor:
+    """Exponentials and sum rounded once from float64, as `unmask.ops.moe_route` defines them: torch's own differ in the last bits from one
+    CPU to the next, and then order choices that are equal but for rounding (score + bias of one, of another) differently."""
+    if scoring == "sigmoid":
+        return 1 / (1 + torch.exp(-logits.double()).to(logits.dtype))
+    e = torch.exp((logits - logits.max()).double()).to(logits.dtype)
+    return e / e.double().sum().to(logits.dtype)

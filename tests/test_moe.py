@@ -67,7 +67,7 @@ def routers(draw) -> tuple[Experts, torch.Tensor, torch.Tensor | None]:
 @given(routers())
 def test_routing_is_that_of_each_token_alone(case):
     config, logits, bias = case
-    weight, chosen = route(logits, config, bias)
+    chosen, weight = route(logits, config, bias)[:2]
     assert weight.dtype == torch.float32 and chosen.shape == weight.shape == (logits.shape[0], config.top_k)
     for t, row in enumerate(logits):
         expected = plain_route(row, config, bias)
@@ -80,24 +80,24 @@ def test_the_bias_chooses_and_does_not_weigh():
     bias = torch.zeros(8)
     bias[[5, 6]] = torch.tensor([0.5, 1.0])
     config = dataclasses.replace(SOFTMAX, scoring="sigmoid", selection_bias=True, top_k=3)
-    weight, chosen = route(logits, config, bias)
+    chosen, weight = route(logits, config, bias)[:2]
     assert chosen.tolist() == [[6, 5, 0]] and torch.allclose(weight, torch.full((1, 3), 1 / 3))
-    raw, _ = route(logits, dataclasses.replace(config, normalized=False, scale=2.5), bias)
+    raw = route(logits, dataclasses.replace(config, normalized=False, scale=2.5), bias).weight
     assert torch.equal(raw, torch.full((1, 3), 0.5 * 2.5))
 
 
 def test_a_group_counts_by_its_two_best_and_a_strong_expert_of_a_left_out_group_is_not_chosen():
     logits = torch.tensor([[3.0, -9.0, -9.0, -9.0, 1.0, 1.0, -9.0, -9.0]])  # group 0: one strong expert; group 1: two good ones
     config = dataclasses.replace(SOFTMAX, scoring="sigmoid", n_groups=2, kept_groups=1, top_k=2)
-    assert route(logits, config)[1].tolist() == [[4, 5]]
+    assert route(logits, config).expert.tolist() == [[4, 5]]
     everything = dataclasses.replace(config, kept_groups=2)
-    assert route(logits, everything)[1].tolist() == [[0, 4]]
+    assert route(logits, everything).expert.tolist() == [[0, 4]]
 
 
 def test_nan_logits_stay_visible():
     logits = torch.zeros(2, 8)
     logits[1, 3] = torch.nan
-    weight, chosen = route(logits, SOFTMAX)
+    chosen, weight = route(logits, SOFTMAX)[:2]
     assert not weight[0].isnan().any() and weight[1].isnan().all() and int(chosen.max()) < 8
 
 
@@ -118,17 +118,21 @@ def test_the_grouped_product_gives_the_same(dtype):
     """torch's grouped product, which CUDA takes for bf16; torch runs it on the CPU too."""
     weights, d = weights_of(SOFTMAX, dtype=dtype), 32
     x = torch.randn(32, d, generator=torch.Generator().manual_seed(1)).to(dtype)
-    chosen = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(i))[:3] for i in range(32)])
-    chosen[chosen == 5] = 2  # an expert without rows
+    logits = torch.randn(32, 8, generator=torch.Generator().manual_seed(2))
+    logits[:, 5] = -9.0  # an expert without rows
+    row = torch.zeros(32, dtype=torch.int64)
+    row[[3, 31]] = -1  # the grouped product then leaves its last rows undefined
     results = []
     for grouped in (True, False):
         experts = grouped_linear.Experts(8, d, 24, dtype, torch.device("cpu"), "plain", grouped=grouped)
         for e in range(8):
             experts.put(e, "gate_up", [weights[f"experts.{e}.gate"], weights[f"experts.{e}.up"]])
             experts.put(e, "down", [weights[f"experts.{e}.down"]])
-        y, where = experts(x, chosen, silu_mul)
-        results.append(y[where].float())
-    assert results[0].shape == (32, 3, d)
+        routes = route(logits, SOFTMAX, row=row, multiple=experts.multiple)
+        assert routes.offsets[5] == routes.offsets[6] and (routes.offsets[8] == 90) == grouped
+        y = experts(x, routes, silu_mul)
+        results.append(y[routes.place[row >= 0]].float())
+    assert results[0].shape == (30, 3, d)
     assert (results[0] - results[1]).abs().max() <= (1e-5 if dtype is torch.float32 else 0.02) * results[1].abs().max()
     assert not grouped_linear.grouped_available(dtype, torch.device("cpu"), d, 24)  # packed weights are faster there
 
@@ -185,9 +189,9 @@ def calls(monkeypatch) -> list[tuple[Linear, int]]:
 def test_idle_experts_are_not_computed(calls):
     layer = layer_of(GROUPED, weights_of(GROUPED))
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
-    _, chosen = route(layer.router(x), GROUPED, layer.bias)
+    chosen = route(layer.router(x), GROUPED, layer.bias).expert
     x = x[(chosen != 6).all(1)][:16]  # tokens that avoid one expert at least
-    _, chosen = route(layer.router(x), GROUPED, layer.bias)
+    chosen = route(layer.router(x), GROUPED, layer.bias).expert
     active = chosen.unique().tolist()
     assert x.shape[0] == 16 and 6 not in active
     calls.clear()

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import golden_runs
+import unmask
 from golden_runs import BLOCK_FAMILIES, GOLDEN
 from random_models import make, prompts
 from unmask import ops
@@ -28,7 +29,7 @@ from unmask.errors import InvalidLogits, SettingError
 from unmask.models.backbone import Forward
 from unmask.models.model import Model
 from unmask.ops.linear import pad_rows
-from unmask.speculate import acceptance, routing, s2d2_rule
+from unmask.speculate import acceptance, methods, routing, s2d2_rule
 from unmask.speculate import s2d2 as module
 from unmask.speculate.acceptance import Keyed, Recorded, Transform
 from unmask.speculate.routing import Look, Router
@@ -776,3 +777,49 @@ def test_keyed_numbers_do_not_depend_on_the_batch():
     assert keyed.uniforms(0, 3, [7]) != keyed.uniforms(1, 3, [7]) and keyed.uniforms(0, 4, [7]) != keyed.uniforms(0, 3, [7])
     state = engine(model("sdar", 8), [[1]], 7).state
     assert scratch_slots(state, 8) >= 15
+
+
+def generate(model, rows, speculate, **more):
+    common = dict(policy="sdar_dynamic", threshold=0.5, max_new_tokens=16, eos_stop=False, seeds=[5, 6, 7][: len(rows)])
+    return unmask.generate(model, rows, speculate=speculate, **{**common, **more})
+
+
+def test_generate_is_the_engine():
+    model, rows = make(visibility="block_causal", block_size=4, qk_norm=True), prompts(3, low=1)
+    by_text = generate(model, rows, "s2d2:mode=greedy,min_span=2")
+    by_object = generate(model, rows, methods.S2D2(Options(mode="greedy", min_span=2)))
+    assert [r.ids for r in by_text] == [r.ids for r in by_object]
+    assert by_text[0].settings["speculate"] == "s2d2:mode=greedy,min_span=2" and "draft" not in by_text[0].settings
+    for row, alone in zip(by_text, (generate(model, [r], "s2d2:mode=greedy,min_span=2")[0] for r in rows), strict=True):
+        assert row.ids == alone.ids and row.nfe == alone.nfe
+    assert 0 < sum(r.accepted for r in by_text) < sum(r.drafted for r in by_text)
+    drawn = generate(model, rows, "s2d2")
+    assert [r.ids for r in drawn] == [r.ids for r in generate(model, rows, "s2d2")] != [r.ids for r in generate(model, rows, "s2d2", seeds=[1, 2, 3])]
+
+
+@pytest.mark.parametrize(
+    "speculate, more, words",
+    [
+        ("s2d2:mode=x", {}, "unknown mode 'x'"),
+        ("s2d2:min_span=0", {}, "min_span must be an integer in 1"),
+        ("s2d2:min_span=two", {}, "min_span must be an integer"),
+        ("s2d2:cache_ver=yes", {}, "cache_ver must be True or False, got 'yes'"),
+        ("s2d2:nope=1", {}, "settings mode, route"),
+        ("s2d2", dict(draft=3), "draft is for speculate='ssd'"),
+        ("s2d2", dict(cfg_scale=1.0), "does not go with guidance"),
+        ("s2d2", dict(policy="klass"), "falls back on a policy"),
+    ],
+)
+def test_generate_refuses_before_a_forward(speculate, more, words):
+    model = make(visibility="block_causal", block_size=4, qk_norm=True)
+    handle = model.register_forward_hook(lambda *_: pytest.fail("a forward was made"))
+    try:
+        with pytest.raises(SettingError, match=words):
+            unmask.generate(model, [1, 2], speculate=speculate, **more)
+    finally:
+        handle.remove()
+
+
+def test_a_bidirectional_model_is_refused():
+    with pytest.raises(SettingError, match="needs a block-causal model"):
+        unmask.generate(make(), [1, 2], speculate="s2d2")

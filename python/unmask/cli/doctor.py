@@ -130,21 +130,23 @@ def self_test() -> dict[str, list[str]]:
 
 
 def models() -> list[dict[str, Any]]:
-    """Where models are looked for, and whether the embedded one is usable."""
+    """Where models are looked for, and whether the embedded ones are usable."""
     from ..errors import UnmaskError
     from ..models import checkpoint, hub
 
     places: list[dict[str, Any]] = [
         {"what": p.label, "path": str(p.path), "exists": p.exists} for p in hub.search_paths()
     ]
-    embedded: dict[str, Any] = {"what": "tiny (embedded)"}
-    try:
-        folder = hub.resolve("tiny")
-        info = checkpoint.inspect(folder)
-        embedded |= {"path": str(folder), "exists": True, "parameters": info.n_parameters}
-    except UnmaskError as e:
-        embedded |= {"path": "", "exists": False, "problem": str(e)}
-    return [*places, embedded]
+    for name in hub.EMBEDDED:
+        embedded: dict[str, Any] = {"what": f"{name} (embedded)"}
+        try:
+            folder = hub.resolve(name)
+            info = checkpoint.inspect(folder)
+            embedded |= {"path": str(folder), "exists": True, "parameters": info.n_parameters}
+        except UnmaskError as e:
+            embedded |= {"path": "", "exists": False, "problem": str(e)}
+        places.append(embedded)
+    return places
 
 
 def written(report: dict[str, Any]) -> list[str]:

@@ -66,7 +66,9 @@ def examples() -> list[Example]:
         _filtered_stats(g),
         _kl_stats(g),
         _commit(g),
+        *_verify(g),
         *_elementwise(g),
+        *_mixture(g),
     ]
 
 
@@ -243,6 +245,31 @@ def _commit(g: torch.Generator) -> Example:
     return Example("commit", args, wrapper, lambda: call(ops), lambda: call(reference), 0.0)
 
 
+def _verify(g: torch.Generator) -> list[Example]:
+    node = torch.randint(0, 3, (2, 4, 6), generator=g)
+    after = node.roll(-1, 1)
+    after[1, 1, 5] += 1
+    chain = node, after, None, torch.tensor([4, 4])
+
+    def greedy(module):
+        status = torch.zeros(2, dtype=torch.int32)
+        return [*module.verify_greedy(*chain, status=status), status]
+
+    p = torch.randn(6, CHUNK + 37, generator=g) * 3
+    q = p + torch.randn(6, CHUNK + 37, generator=g)
+    row, token = torch.arange(6), p.argmax(1)
+    span = row, row, token, torch.tensor([0, 3, 6]), torch.tensor([1, 1, 1, 2, 2, 2]), torch.zeros_like(row), row
+    small = torch.randn(1, 64, generator=g)
+    one = small, small, *(torch.tensor([0]),) * 3, torch.tensor([0, 1]), *(torch.tensor([0]),) * 3
+    return [
+        Example("verify_greedy", (*chain, -1, False, None), lambda: ops.verify_greedy(*chain), lambda: greedy(ops), lambda: greedy(reference), 0.0),
+        Example(
+            "verify_ratio", (*one, None, None, 1.0, 1.0, True), lambda: ops.verify_ratio(*one),
+            lambda: [*ops.verify_ratio(p, q, *span)], lambda: [*reference.verify_ratio(p, q, *span)],
+        ),
+    ]  # fmt: skip
+
+
 def _elementwise(g: torch.Generator) -> list[Example]:
     x, residual, weight, pair = (
         torch.randn(*shape, generator=g) for shape in ((3, 40), (3, 40), (40,), (3, 80))
@@ -263,4 +290,21 @@ def _elementwise(g: torch.Generator) -> list[Example]:
             lambda: add_norm(ops), lambda: add_norm(reference),
         ),
         Example("silu_mul", (pair,), lambda: ops.silu_mul(pair), lambda: [ops.silu_mul(pair)], lambda: [reference.silu_mul(pair)]),
+    ]  # fmt: skip
+
+
+def _mixture(g: torch.Generator) -> list[Example]:
+    logits, bias, row = torch.randn(5, 32, generator=g), torch.randn(32, generator=g) * 0.1, torch.tensor([0, 0, -1, 1, 1])
+    options = dict(top_k=4, scoring="sigmoid", n_groups=4, groups_kept=2, scale=2.5, multiple=16)
+    place, weight = torch.tensor([[0, 5], [3, 3], [-1, 9]]), torch.rand(3, 2, generator=g)
+    y = torch.randn(6, 40, generator=g).bfloat16()
+    return [
+        Example(
+            "moe_route", (logits, None, None, 1, 1, 1, 4, True, 1.0, 1), lambda: ops.moe_route(logits, top_k=4),
+            lambda: [*ops.moe_route(logits, row, bias, **options)], lambda: [*reference.moe_route(logits, row, bias, **options)],
+        ),
+        Example(
+            "moe_combine", (y, place, weight), lambda: ops.moe_combine(y, place, weight),
+            lambda: [ops.moe_combine(y, place, weight)], lambda: [reference.moe_combine(y, place, weight)], 0.0,
+        ),
     ]  # fmt: skip

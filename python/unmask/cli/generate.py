@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from ..models.model import Model
     from ..result import Commit, Result
 
-EMBEDDED = "tiny"
-
 
 def run(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read().rstrip("\n") if args.prompt == "-" else args.prompt
@@ -26,10 +24,11 @@ def run(args: argparse.Namespace) -> int:
     import unmask
 
     from ..errors import UnmaskError
+    from ..models.hub import EMBEDDED
     from ..settings import Settings
 
     given = given_settings(args)
-    given["chat"] = args.chat if args.chat is not None else args.model == EMBEDDED
+    given["chat"] = args.chat if args.chat is not None else args.model in EMBEDDED
     if args.threads:
         torch.set_num_threads(args.threads)
     try:

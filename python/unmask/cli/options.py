@@ -91,7 +91,7 @@ def _generate(commands) -> Parser:
         "-m",
         "--model",
         default="tiny",
-        help="model folder, or Hugging Face id in the local cache (default: tiny, embedded)",
+        help="model folder, or Hugging Face id in the local cache (default: tiny, embedded; its block-causal sibling: tiny-block)",
     )
     p.add_argument(
         "--download",
@@ -104,7 +104,7 @@ def _generate(commands) -> Parser:
     p.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
-        help="apply the model's chat template to the prompt (default: only for tiny)",
+        help="apply the model's chat template to the prompt (default: only for the embedded models)",
     )
     d = p.add_argument_group("decoding")
     d.add_argument(
@@ -189,7 +189,7 @@ def _inspect(commands) -> Parser:
         help="what a model is and needs",
         description="Family, sizes, memory, caches, what would run where, and whether this machine's memory suffices. Reads no weights.",
     )
-    p.add_argument("model", help="model folder, Hugging Face id in the local cache, or tiny (embedded)")
+    p.add_argument("model", help="model folder, Hugging Face id in the local cache, or tiny or tiny-block (embedded)")
     p.add_argument("--dtype", help="dtype to load in on the CPU: float32 or bfloat16 (default: as stored)")
     p.add_argument(
         "--override",

@@ -9,6 +9,7 @@
 | `llada2` | generate, generate_cached | phymhan/S2D2, LLaDA2/, after inclusionAI's LLaDA2.X |
 | `sdar` | block_diffusion_generate | JetAstra/SDAR; phymhan/S2D2, SDAR/ |
 | `fast_dllm_v2` | generate | NVlabs/Fast-dLLM, v2/ |
+| `s2d2` | sdar.block_diffusion_generate, llada2.generate_ssd_policy, fast_dllm_v2.generate_ssd_policy | phymhan/S2D2 |
 
 model: one from `unmask.load`, or (the first four) the user's own module. A module is called as the authors call theirs, with past_key_values and
 replace_position where a function has a cache; one whose forward does not name these raises before it is called.

@@ -91,19 +91,24 @@ class Layer(torch.nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor, f: Forward, kv, inv_freq: torch.Tensor, status) -> torch.Tensor:
         """x: the branch to add to `residual` (in place) before this layer's attention norm; returns the branch after this layer's MLP."""
         c = self.config
-        hq, hkv, d = c.n_heads, c.n_kv_heads, c.head_dim
-        y = ops.add_rms_norm(residual, x, self.attn_norm, c.norm_eps)
-        q, k, v = self.qkv(y).view(-1, hq + 2 * hkv, d).split((hq, hkv, hkv), dim=1)
-        k_cache, v_cache = kv
         token_status, entry_status = status
-        q = ops.rope_append(
-            q, k, v, k_cache, v_cache, f.row, f.pos, f.slot, None, self.q_norm, self.k_norm, inv_freq, c.norm_eps, token_status
-        )
-        out, _ = ops.block_attention(
-            q, k_cache, v_cache, f.cu_q, f.kv_row, f.seg, q_end=f.q_end, mask=f.mask, scale=self.scale, status=entry_status
-        )
-        y = ops.add_rms_norm(residual, self.o(out.view(-1, hq * d)), self.mlp_norm, c.norm_eps)
+        y = ops.add_rms_norm(residual, x, self.attn_norm, c.norm_eps)
+        q = self.append(y, kv, f.row, f.pos, f.slot, inv_freq, token_status)
+        out, _ = self.attend(q, kv, f.cu_q, f.kv_row, f.seg, f.q_end, f.mask, entry_status)
+        y = ops.add_rms_norm(residual, self.o(out), self.mlp_norm, c.norm_eps)
         return self.mlp(y, f.row)
+
+    def append(self, y: torch.Tensor, kv, row, pos, slot, inv_freq: torch.Tensor, status: torch.Tensor | None) -> torch.Tensor:
+        """Q [T, Hq, D] of the normed tokens y [T, d], rotated; their K and V are written into the cache. row, pos, slot: as in Forward."""
+        c = self.config
+        hq, hkv = c.n_heads, c.n_kv_heads
+        q, k, v = self.qkv(y).view(-1, hq + 2 * hkv, c.head_dim).split_with_sizes((hq, hkv, hkv), dim=1)
+        return ops.rope_append(q, k, v, *kv, row, pos, slot, None, self.q_norm, self.k_norm, inv_freq, c.norm_eps, status)
+
+    def attend(self, q: torch.Tensor, kv, cu_q, kv_row, seg, q_end, mask, status: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of Q [T, Hq, D] over the cache: the heads' outputs joined, [T, Hq D], and the logsumexps of their scores, float32 [T, Hq]."""
+        out, lse = ops.block_attention(q, *kv, cu_q, kv_row, seg, q_end=q_end, mask=mask, scale=self.scale, status=status)
+        return out.view(out.shape[0], -1), lse
 
 
 class LayerRunner(Protocol):

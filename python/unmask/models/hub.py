@@ -1,4 +1,4 @@
-"""Finding a model: a folder, else the Hugging Face cache, else the embedded model. Nothing is fetched unless asked.
+"""Finding a model: a folder, else the Hugging Face cache, else an embedded model. Nothing is fetched unless asked.
 
 The cache holds models--org--name/{refs/<revision>, snapshots/<commit>/..., blobs/...}; refs/main names the commit.
 """
@@ -15,8 +15,8 @@ from ..errors import ModelNotFound, SettingError, nearest
 from .checkpoint import CONFIG_FILE
 from .config import shown
 
-EMBEDDED = ("tiny",)
-"""Names of the models inside the package."""
+EMBEDDED = {"tiny": "model", "tiny-block": "model_block"}
+"""Names of the models inside the package -> their folder below tiny/."""
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -51,7 +51,7 @@ def resolve(source: str | os.PathLike[str], *, revision: str = "main", download:
     text = os.fspath(source) if isinstance(source, os.PathLike) else source
     if not isinstance(text, str) or not text or "\0" in text:
         raise SettingError(
-            f"a model must be named by a folder, an org/name id or {EMBEDDED[0]!r}, got {shown(source)}"
+            f"a model must be named by a folder, an org/name id or {' or '.join(map(repr, EMBEDDED))}, got {shown(source)}"
         )
     if not isinstance(revision, str) or not all(_is_plain(part) for part in revision.split("/")):
         raise SettingError(f"revision must be a branch, tag or commit, got {shown(revision)}")
@@ -104,7 +104,7 @@ def _expanded(text: str) -> Path:
 
 
 def _embedded(name: str) -> Path:
-    folder = _PACKAGE / name / "model"
+    folder = _PACKAGE / "tiny" / EMBEDDED[name]
     if not _is_file(folder / CONFIG_FILE):
         raise ModelNotFound(
             f"the embedded model {name!r} is not in this installation: {folder} holds no {CONFIG_FILE}"

@@ -112,10 +112,14 @@ def check_ids(ids: torch.Tensor, vocab_size: int, where: str) -> None:
         raise ValueError(f"{where}: token id at {index} must be in 0..{vocab_size - 1}, got {int(ids[tuple(index)])}")
 
 
-def build(info: checkpoint.CheckpointInfo, tokenizer: Tokenizer, name: str, dtype: torch.dtype | None, device: torch.device) -> Model:
-    """Streams the tensors of a checked checkpoint into a Model: each product is packed as soon as its tensors are there."""
+def build(
+    info: checkpoint.CheckpointInfo, tokenizer: Tokenizer, name: str, dtype: torch.dtype | None, device: torch.device, format: Format | None = None
+) -> Model:
+    """Streams the tensors of a checked checkpoint into a Model: each product is packed as soon as its tensors are there. format: of the
+    linear weights, by default the fastest one that keeps their values."""
     config = info.config
-    format = choose_format(checkpoint.resolve_dtype(info, dtype, device), device, info.n_parameters)
+    kind = checkpoint.resolve_dtype(info, dtype, device)
+    format = choose_format(kind, device, info.n_parameters) if format is None else format
     names: dict[int, list[str]] = {i: [] for i in range(config.n_layers)}
     for tensor_name in info.tensors:
         if tensor_name.startswith("layers."):
@@ -140,15 +144,17 @@ def build(info: checkpoint.CheckpointInfo, tokenizer: Tokenizer, name: str, dtyp
     return Model(config, backbone, head, tokenizer, name, format).eval()
 
 
-def random_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0, std: float = 0.02, name: str = "random") -> Model:
+def random_model(
+    config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0, std: float = 0.02, name: str = "random", format: Format | None = None
+) -> Model:
     """A model of any shape with normal random weights, made in memory: for benches and tests of layouts that nobody has on disk.
 
     Weights are packed as they are drawn, so the memory is the model's once plus one product. config: see ModelConfig. std: standard deviation
-    of the linear weights and the embedding; norms are 1. Deterministic in seed.
+    of the linear weights and the embedding; norms are 1. Deterministic in seed. format: of the linear weights, as in `build`.
     """
     generator = torch.Generator().manual_seed(seed)
     config = config.validate()
-    format = choose_format(dtype, torch.device("cpu"), config.n_parameters)
+    format = choose_format(dtype, torch.device("cpu"), config.n_parameters) if format is None else format
 
     def normal(*shape: int) -> torch.Tensor:
         """Drawn in fp32 in pieces: neither the draw nor its rounding is ever there for a whole large weight."""

@@ -13,12 +13,17 @@ from .filtered_stats import filtered_stats
 from .info import Status, cuda_archs, isa, raise_on_status
 from .kl_stats import kl_stats
 from .logit_stats import LogitStats, logit_stats, new_state, stats_finish, stats_tile
+from .moe_route import Routes, moe_combine, moe_route
 from .rope_append import rope_append
 from .uniform import uniform
+from .verify import GreedyResult, RatioResult, verify_greedy, verify_ratio
 
 __all__ = [
     "CommitResult",
+    "GreedyResult",
     "LogitStats",
+    "RatioResult",
+    "Routes",
     "Rule",
     "Status",
     "add_rms_norm",
@@ -29,6 +34,8 @@ __all__ = [
     "isa",
     "kl_stats",
     "logit_stats",
+    "moe_combine",
+    "moe_route",
     "new_state",
     "raise_on_status",
     "rms_norm",
@@ -37,4 +44,6 @@ __all__ = [
     "stats_finish",
     "stats_tile",
     "uniform",
+    "verify_greedy",
+    "verify_ratio",
 ]

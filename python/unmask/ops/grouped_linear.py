@@ -6,16 +6,18 @@ Two forms, chosen by `grouped_available`:
 - elsewhere one `Linear` per expert (packed as `unmask.ops.linear` says), for experts that have rows only. The sizes are read on the host,
   which on CUDA waits for the device once per layer.
 
-Rows of a group are padded to a multiple of ROW_MULTIPLE on the CPU, so that a row has the same bits in any batch and any group.
+Rows of a group are padded to a multiple of ROW_MULTIPLE in the second form, so that a row has the same bits in any batch and any group.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 
 from .linear import ROW_MULTIPLE, Format, Linear
+from .moe_route import Routes
 
 RUN_ROWS = 1024
 
@@ -41,6 +43,7 @@ class Experts(torch.nn.Module):
         if self.grouped:
             self._gate_up = torch.empty(n, 2 * inner, width, dtype=dtype, device=device)
             self._down = torch.empty(n, width, inner, dtype=dtype, device=device)
+        self.multiple = 1 if self.grouped else ROW_MULTIPLE  # groups of rows come padded to it
         self.gate_up: dict[int, Linear] = {}
         self.down: dict[int, Linear] = {}
 
@@ -52,47 +55,35 @@ class Experts(torch.nn.Module):
         weight = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
         (self.gate_up if product == "gate_up" else self.down)[expert] = Linear(weight, self.format)
 
-    def forward(
-        self, x: torch.Tensor, expert: torch.Tensor, middle: Callable[[torch.Tensor], torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: [T, width]. expert: int64 [T, k], which experts each row goes through. middle: maps gate|up [M, 2 inner] to [M, inner].
+    def forward(self, x: torch.Tensor, routes: Routes, middle: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """x: [T, width]. routes: of its rows, with groups padded to `multiple`. middle: maps gate|up [M, 2 inner] to [M, inner].
 
-        Returns y [M, width] and where, int64 [T, k]: y[where[t, j]] is row t through its j-th expert. M >= T k.
+        Returns y [M, width]: y[routes.place[t, j]] is row t through its j-th expert; rows behind the last group may be missing or undefined.
         """
-        t, k = expert.shape
-        flat = expert.reshape(-1)
-        order = torch.argsort(flat, stable=True)  # entry (t, j) is t * k + j
-        # where each expert's group ends; bincount would read its maximum on the host
-        ends = torch.searchsorted(flat[order], torch.arange(self.n, device=flat.device), right=True, out_int32=self.grouped)
-        where = torch.empty_like(order)
         if self.grouped:
-            where[order] = torch.arange(t * k, device=flat.device)
-            h = middle(torch._grouped_mm(x.index_select(0, order // k), self._gate_up.transpose(1, 2), offs=ends))
-            y = torch._grouped_mm(h, self._down.transpose(1, 2), offs=ends)
-        else:
-            sizes = ends.diff(prepend=ends.new_zeros(1))
-            padded = (sizes + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
-            shift = padded.cumsum(0) - padded - (ends - sizes)
-            place = torch.arange(t * k, device=flat.device) + shift[flat[order]]
-            where[order] = place
-            counts = padded.tolist()
-            source = order.new_zeros(sum(counts))  # padding repeats row 0
-            source[place] = order // k
-            y = self._loop(x, source, counts, middle)
-        return y, where.view(t, k)
+            ends = routes.offsets[1:]
+            h = middle(torch._grouped_mm(x.index_select(0, routes.source), self._gate_up.transpose(1, 2), offs=ends))
+            return torch._grouped_mm(h, self._down.transpose(1, 2), offs=ends)
+        offsets = routes.offsets.tolist()
+        return self._loop(x, routes.source, [(e, b - a) for e, (a, b) in enumerate(itertools.pairwise(offsets)) if b > a], middle)
 
-    def _loop(self, x: torch.Tensor, source: torch.Tensor, counts: list[int], middle) -> torch.Tensor:
-        """Experts in order, those that have rows; as many at a time as RUN_ROWS rows hold, so that small calls are few and copies short."""
-        out, run, start, stop = [x.new_empty(0, self.width)], [], 0, 0
-        for e, count in enumerate(counts):
-            if count:
-                run.append((e, stop - start, stop - start + count))
-                stop += count
-            if run and (stop - start >= RUN_ROWS or e == self.n - 1):
-                rows = x.index_select(0, source[start:stop])
-                h = middle(torch.cat([self.gate_up[i](rows[a:b]) for i, a, b in run]))
-                out += [self.down[i](h[a:b]) for i, a, b in run]
-                run, start = [], stop
+    def _loop(self, x: torch.Tensor, source: torch.Tensor, groups: list[tuple[int, int]], middle) -> torch.Tensor:
+        """Experts in order, those that have rows; as many at a time as RUN_ROWS rows hold, so that small calls are few and copies short.
+
+        groups: (expert, rows).
+        """
+        out, start = [x.new_empty(0, self.width)], 0
+        while groups:
+            n, total = 1, groups[0][1]
+            while n < len(groups) and total < RUN_ROWS:
+                total += groups[n][1]
+                n += 1
+            run, groups = groups[:n], groups[n:]
+            sizes = [rows for _, rows in run]
+            parts = x.index_select(0, source[start : start + total]).split(sizes)  # one call: a slice each costs as much as a small product
+            h = middle(torch.cat([self.gate_up[e](part) for (e, _), part in zip(run, parts, strict=True)])).split(sizes)
+            out += [self.down[e](part) for (e, _), part in zip(run, h, strict=True)]
+            start += total
         return torch.cat(out)
 
     def extra_repr(self) -> str:

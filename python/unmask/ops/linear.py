@@ -4,12 +4,13 @@ torch's plain linear repacks the weight in every call, which costs more than the
 faster there. The packed ops are private to torch, so this one module holds every use of them, behind a capability check; without them
 `torch.nn.functional.linear` serves, slower and with the same results up to rounding (tests notice when that happens).
 
-Three formats:
+Formats:
 - ``packed``: oneDNN's blocked layout in the model's dtype;
 - ``packed_fp32``: the same for a bf16 model on a CPU without a bf16 dot product, where the library's bf16 GEMM is 3-5x slower than
   its fp32 one. bf16 values are exact in fp32, so the product is the same sum of the same terms, rounded once to bf16 at the end;
   it takes 4 bytes a weight instead of 2, so it is chosen only where that fits in memory;
-- ``plain``: an ordinary tensor and `F.linear` (CUDA, and CPUs or torch builds without oneDNN).
+- ``plain``: an ordinary tensor and `F.linear` (CUDA, and CPUs or torch builds without oneDNN);
+- ``int8``: quantised weights in a byte each, only where asked for (`unmask.load(..., weights="int8")`, `unmask.ops.int8`).
 
 Rows: the packed product gives a row the same bits in any batch, provided that the row count is a multiple of `ROW_MULTIPLE`
 (tests/test_linear.py checks that property); callers pad.
@@ -25,9 +26,11 @@ import torch
 from torch.nn import functional as F
 
 from ..errors import SettingError
+from .int8 import Digits, Int8Weight, digits
 
-Format = Literal["packed", "packed_fp32", "plain"]
+Format = Literal["packed", "packed_fp32", "plain", "int8"]
 FORMATS: tuple[str, ...] = ("packed", "packed_fp32", "plain")
+"""Those with the weights' own values, among which `choose_format` chooses."""
 ROW_MULTIPLE = 16
 _ROW_HINT = 32  # rows that the blocked layout is chosen for; measured: no other hint is faster at 16-256 rows
 
@@ -124,21 +127,40 @@ class Linear(torch.nn.Module):
             self._weight = _pack(weight)
         elif format == "packed_fp32":
             self._weight = _pack(weight.float())
+        elif format == "int8":
+            self._weight = Int8Weight(weight)
         else:
-            raise ValueError(f"Linear: format must be one of {', '.join(FORMATS)}, got {format!r}")
+            raise ValueError(f"Linear: format must be one of {', '.join(FORMATS)}, int8, got {format!r}")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Digits) -> torch.Tensor:
         if self.format == "plain":
             return F.linear(x, self._weight, self._bias)
         if self.format == "packed":
             y = _packed_product(x, self._weight)
+        elif self.format == "int8":
+            y = self._weight.product(x, self.dtype)
         else:
             y = _packed_product(self.prepared(x), self._weight).to(self.dtype)
         return y if self._bias is None else y + self._bias
 
-    def prepared(self, x: torch.Tensor) -> torch.Tensor:
+    def prepared(self, x: torch.Tensor) -> torch.Tensor | Digits:
         """x as the product wants it, for callers that multiply one x by several Linears of this format: converted once."""
+        if self.format == "int8":
+            return digits(x)
         return x.float() if self.format == "packed_fp32" else x
+
+    def part(self, start: int, stop: int) -> Linear:
+        """A Linear of its own for outputs start .. stop - 1: the same bits, without the work of the others. A packed weight is copied."""
+        bias = None if self._bias is None else self._bias[start:stop]
+        if self.format == "int8":
+            made = Linear.__new__(Linear)
+            torch.nn.Module.__init__(made)
+            q, scale = self._weight.unpacked()
+            made.out_features, made.in_features, made.dtype, made.format, made._bias = stop - start, self.in_features, self.dtype, self.format, bias
+            made._weight = Int8Weight.of(q[start:stop].contiguous(), scale[start:stop])
+            return made
+        weight = self._weight if self.format == "plain" else self._weight.to_dense().to(self.dtype)
+        return Linear(weight[start:stop], self.format, bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.dtype}, {self.format}"

@@ -6,8 +6,10 @@ from .elementwise import add_rms_norm, rms_norm, silu_mul
 from .filtered_stats import filtered_stats
 from .kl_stats import kl_stats
 from .logit_stats import logit_stats
+from .moe_route import moe_combine, moe_route
 from .rope_append import rope_append
 from .uniform import philox, uniform
+from .verify import verify_greedy, verify_ratio
 
 __all__ = [
     "add_rms_norm",
@@ -16,9 +18,13 @@ __all__ = [
     "filtered_stats",
     "kl_stats",
     "logit_stats",
+    "moe_combine",
+    "moe_route",
     "philox",
     "rms_norm",
     "rope_append",
     "silu_mul",
     "uniform",
+    "verify_greedy",
+    "verify_ratio",
 ]
