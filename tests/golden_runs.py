@@ -60,10 +60,10 @@ def runs(families: tuple[str, ...]) -> list[Run]:
 RUNS, BLOCK_RUNS = runs(FAMILIES), runs(BLOCK_FAMILIES)
 
 
-def load(family: str) -> unmask.Model:
+def load(family: str, device: str = "cpu") -> unmask.Model:
     """The family's golden checkpoint; LLaDA2's and Fast-dLLM v2's config.json name no mask token of this small vocabulary."""
     ids = {"llada2": dict(mask_id=383, block_size=8), "fast_dllm_v2": dict(mask_id=383)}
-    return unmask.load(GOLDEN / family / "checkpoint", overrides=ids.get(family))
+    return unmask.load(GOLDEN / family / "checkpoint", overrides=ids.get(family), device=device)
 
 
 def replay(run: Run, model: torch.nn.Module) -> Outcome:
@@ -132,10 +132,21 @@ def _d2cache(run: Run, model) -> Outcome:
     if a.get("sigma"):
         settings.update(certainty_sigma=a["sigma"])
     if a.get("cache"):
-        settings.update(cache="dual" if a["cache"].get("use_dual") else "prefix")
+        settings.update(cache=_d2cache_cache(a["cache"]))
     results = unmask.generate(model, ragged, **settings)
     pads = [p[: len(p) - len(r)] for p, r in zip(prompts, ragged, strict=True)]
     return Outcome([pad + r.canvas for pad, r in zip(pads, results, strict=True)], max(r.nfe for r in results))
+
+
+def _d2cache_cache(given: dict) -> unmask.caches.CacheRule:
+    """A cache of that repository, as ours."""
+    kind, settings = given.get("cls"), {k: v for k, v in given.items() if k not in ("cls", "use_dual")}
+    if kind == "d2Cache":
+        return unmask.caches.D2(**settings)
+    if kind == "dLLMCache":
+        return unmask.caches.DLLM(prompt_every=settings["kp"], response_every=settings["kr"], ratio=settings["rou"])
+    assert not settings
+    return unmask.caches.Dual() if given.get("use_dual") else unmask.caches.Prefix()
 
 
 def _dinfer(run: Run, model) -> Outcome:

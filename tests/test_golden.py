@@ -18,13 +18,14 @@ from unmask.compat._blocks import BlockLoop
 PER_FILE = {
     "llada": dict(
         adablock_baseline_dual=5, adablock_baseline_plain=5, adablock_baseline_prefix=5, adablock_dual=4, adablock_plain=4, adablock_prefix=4,
-        d2cache_eb=3, d2cache_klass=3, d2cache_kv_dual=2, d2cache_kv_prefix=2, d2cache_padded_batch=1, d2cache_pc=2, d2cache_vanilla=7,
-        d2cache_wino=3, dinfer_decoders=8, fastdllm_dual=5, fastdllm_plain=5, fastdllm_prefix=5, llada_generate=10,
+        d2cache_eb=3, d2cache_klass=3, d2cache_kv_d2=2, d2cache_kv_dllm=2, d2cache_kv_dual=2, d2cache_kv_prefix=2, d2cache_padded_batch=1,
+        d2cache_pc=2, d2cache_vanilla=7, d2cache_wino=3, dinfer_decoders=8, fastdllm_dual=5, fastdllm_plain=5, fastdllm_prefix=5, llada_generate=10,
     ),
     "dream": dict(
-        adablock_dual=3, adablock_plain=3, adablock_repo_parallel=2, d2cache_eb=3, d2cache_klass=3, d2cache_kv_dual=2, d2cache_kv_prefix=2,
-        d2cache_padded_batch=1, d2cache_pc=2, d2cache_vanilla=7, d2cache_wino=3, dream_confidence_threshold=2, dream_entropy=4,
-        dream_maskgit_plus=5, dream_origin=2, dream_topk_margin=4, fastdllm_block_dual=5, fastdllm_block_prefix=5,
+        adablock_dual=3, adablock_plain=3, adablock_repo_parallel=2, d2cache_eb=3, d2cache_klass=3, d2cache_kv_d2=2, d2cache_kv_dllm=2,
+        d2cache_kv_dual=2, d2cache_kv_prefix=2, d2cache_padded_batch=1, d2cache_pc=2, d2cache_vanilla=7, d2cache_wino=3,
+        dream_confidence_threshold=2, dream_entropy=4, dream_maskgit_plus=5, dream_origin=2, dream_topk_margin=4, fastdllm_block_dual=5,
+        fastdllm_block_prefix=5,
     ),
     "sdar": dict(sdar_generate=13, sdar_generate_sampled=2),
     "llada2": dict(llada2_cached=9, llada2_nocache=7),

@@ -25,6 +25,22 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
+class Placed:
+    """Where the tokens of a plan stand in the K/V cache and what they see, where that does not follow from the plan (speculate/layout.py).
+
+    slot: int64 [T0]; the cache row is the plan's token_row. cu_q, kv_row, seg, q_end, mask: as in `ops.block_attention`, over the T0 tokens;
+    its entries need not be the plan's.
+    """
+
+    slot: torch.Tensor
+    cu_q: torch.Tensor
+    kv_row: torch.Tensor
+    seg: torch.Tensor
+    q_end: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """The shape of a step: which positions are forwarded and which are candidates. Reused while the rows stay in the same windows.
 
@@ -34,7 +50,8 @@ class Plan:
     (its own where a window begins with it). cu: int64 [B+1], row: int64 [B].
 
     runs: per entry the forwarded positions, where they are no window; then the window of `entries` is their hull, and reached, bool [N], says
-    which candidates can be predicted (None: all). keys: per entry the cache slots that it sees, None = everything that exists.
+    which candidates can be predicted (None: all). keys: per entry the cache slots that it sees, None = everything that exists. placed: where
+    K and V go and what is seen, in place of all that.
     """
 
     entries: tuple[tuple[int, int, int, int, int], ...]  # (row, window start, window end, first candidate, end of candidates)
@@ -52,6 +69,7 @@ class Plan:
     runs: tuple[Runs, ...] | None = None
     keys: tuple[Runs | None, ...] | None = None
     reached: torch.Tensor | None = None
+    placed: Placed | None = None
 
     @property
     def sizes(self) -> list[int]:
@@ -140,12 +158,12 @@ class NativeBackend:
     """A `Model`: one packed forward per step; classifier-free guidance doubles its entries, not its forwards.
 
     Guidance combines hidden states, not logits: the head is linear, so head(u + w (c - u)) = u' + w (c' - u') with half the head's work and
-    no [rows, V] tensor.
+    no [rows, V] tensor. kv_rows: rows of the K/V cache (default: the canvas rows); fewer where canvas rows share one (Plan.placed).
     """
 
     def __init__(
         self, model: Model, state: DecodeState, mask_id: int, guidance: Guidance | None = None, extra_slots: int = 0,
-        soft: SoftState | None = None,
+        soft: SoftState | None = None, kv_rows: int | None = None,
     ):  # fmt: skip
         self.model, self.state, self.mask_id, self.guidance, self.soft = model, state, mask_id, guidance, soft
         b, length = state.canvas.shape
@@ -153,7 +171,8 @@ class NativeBackend:
         if guidance is not None and guidance.negative is not None:
             spans = [len(n) + r.end - r.start for n, r in zip(guidance.negative, state.rows, strict=True)]
             longest = max(length, *spans, 0) if spans else length
-        self.cache = model.new_cache(b * (2 if guidance else 1), longest + extra_slots)
+        self.kv_rows = b if kv_rows is None else kv_rows
+        self.cache = model.new_cache(self.kv_rows * (2 if guidance else 1), longest + extra_slots)
         self.forbid = torch.tensor([mask_id], device=state.canvas.device)
         self.shifted = model.config.shifted
         self.attention_block = model.config.block_size if model.config.visibility == "block_causal" else None
@@ -251,7 +270,9 @@ class NativeBackend:
         return Kept(self.model.head.logits(hidden.index_select(0, rows[live])), place)
 
     def _packed(self, plan: Plan) -> Forward:
-        n, b = plan.flat.shape[0], self.state.canvas.shape[0]
+        if plan.placed is not None:
+            return self._packed_as_placed(plan, plan.placed)
+        n, b = plan.flat.shape[0], self.kv_rows
         device = plan.flat.device
         ends = visible_ends(self.state, plan, self.attention_block).to(device)
         row, pos, cu_q, kv_row = [plan.token_row], [plan.token_pos], [plan.cu_q], [plan.row]
@@ -274,6 +295,30 @@ class NativeBackend:
         ids = torch.zeros(total, dtype=torch.int64, device=device)
         q_end = None if self.attention_block is None else (position // self.attention_block + 1) * self.attention_block
         return Forward(ids, torch.cat(row), position, position, torch.cat(cu_q), torch.cat(kv_row), seg, q_end)
+
+
+    def _packed_as_placed(self, plan: Plan, placed: Placed) -> Forward:
+        """The null copy of guidance is laid out as the conditional tokens are, kv_rows further down."""
+        n, device = plan.flat.shape[0], plan.flat.device
+        self._null = None if self.guidance is None else _NullEntries(self.state, plan, self.guidance, self.shifted)
+        copies = 1 if self._null is None else 2
+        total = pad_rows(n * copies)
+
+        def tokens(value: torch.Tensor, fill: int) -> torch.Tensor:
+            return torch.nn.functional.pad(value.repeat(copies), (0, total - n * copies), value=fill)
+
+        row = torch.cat([plan.token_row + i * self.kv_rows for i in range(copies)])
+        return Forward(
+            torch.zeros(total, dtype=torch.int64, device=device),
+            torch.nn.functional.pad(row, (0, total - row.shape[0]), value=-1),
+            tokens(plan.token_pos, 0),
+            tokens(placed.slot, -1),
+            torch.cat([placed.cu_q, placed.cu_q[1:] + n]) if copies == 2 else placed.cu_q,
+            torch.cat([placed.kv_row + i * self.kv_rows for i in range(copies)]),
+            placed.seg.repeat(copies, 1, 1),
+            None if placed.q_end is None else tokens(placed.q_end, 0),
+            None if placed.mask is None else placed.mask.repeat(copies, 1, 1),
+        )
 
 
 def _segments(keys: tuple[Runs | None, ...], end: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,7 @@ class Commit:
 
     edited: (position, old id, new id, score) of decided tokens that were replaced. remasked: (position, old id) of decided tokens that
     returned to masks. rows: positions that the forward took of this row. filled: the whole canvas with every undecided position's prediction, before the commit, if asked for.
+    drafted, accepted: speculation, of the forward's first commit of this row: nodes beside the row itself, and those that counted.
     """
 
     row: int
@@ -55,6 +56,8 @@ class Commit:
     remasked: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     filled: list[int] | None = None
     rows: float = 0.0
+    drafted: int | None = None
+    accepted: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,6 +377,8 @@ class Engine:
         self.filled = torch.where(self.state.masked, self.filled, self.state.canvas)
         wide = self._plan(step.rows, lambda r: (r.block_start, r.end))
         masked = self.state.masked.view(-1).index_select(0, wide.cand_flat)
+        if wide.reached is not None:
+            masked = masked & wide.reached
         policy, rest = self.policy, stats
         if wide.entries != step.plan.entries or policy.temperature > 0 or policy.repetition_penalty != 1.0:
             # the model's own best tokens, and the rule's logits of this step stay as they are

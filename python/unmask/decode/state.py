@@ -47,6 +47,8 @@ class Row:
     first_known: bool = False  # block-causal models: whether the first position of the part being decoded is (caches/windows.py)
     nfe: int = 0
     forwarded: float = 0.0  # positions forwarded so far; where a cache goes by layers, their mean over the layers
+    drafted: int = 0  # speculation: nodes verified beside the row itself, and those of them that counted
+    accepted: int = 0
     quotas: list[int] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
 

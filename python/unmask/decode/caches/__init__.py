@@ -6,12 +6,18 @@ from typing import TYPE_CHECKING
 
 from ...errors import SettingError
 from .base import Cache, CacheRule, CacheRun, Runs, from_text, runs_of
+from .d2 import D2
+from .dkv import DKV
+from .dllm import DLLM
+from .elastic import Elastic
+from .entropy import Entropy
+from .sprint import Sprint
 from .windows import Block, Dual, NoCache, Prefix, attention_block, part_start
 
 if TYPE_CHECKING:
     from ...models.config import ModelConfig
 
-CACHES: dict[str, type[CacheRule]] = {c.name: c for c in (NoCache, Prefix, Block, Dual)}
+CACHES: dict[str, type[CacheRule]] = {c.name: c for c in (NoCache, Prefix, Block, Dual, D2, DKV, Entropy, Sprint, DLLM, Elastic)}
 
 
 def allowed_caches(visibility: str) -> tuple[str, ...]:
@@ -43,6 +49,6 @@ def cache_for(given: object, config: ModelConfig) -> CacheRule:
 
 
 __all__ = [
-    "CACHES", "Block", "Cache", "CacheRule", "CacheRun", "Dual", "NoCache", "Prefix", "Runs", "allowed_caches", "attention_block", "cache_for",
-    "default_cache", "part_start", "read_cache", "runs_of",
+    "CACHES", "DKV", "Block", "Cache", "CacheRule", "CacheRun", "D2", "DLLM", "Elastic", "Dual", "Entropy", "NoCache", "Prefix", "Runs",
+    "Sprint", "allowed_caches", "attention_block", "cache_for", "default_cache", "part_start", "read_cache", "runs_of",
 ]  # fmt: skip
