@@ -69,7 +69,8 @@ def cases() -> list[Case]:
         ("factor", dict(policy="factor")), ("factor, d2cache", dict(policy="factor", variant="d2cache")),
         ("eb", dict(policy="eb")), ("eb, d2cache", dict(policy="eb", variant="d2cache")), ("pc", dict(policy="pc", frequencies="even")),
         ("dus", dict(policy="dus")), ("dus, skip", dict(policy="dus", skip_below=0.5)), ("sdar_static", dict(policy="sdar_static")),
-        ("sdar_dynamic", dict(policy="sdar_dynamic")), ("llada2", dict(policy="llada2")), ("hierarchy", dict(policy="hierarchy")),
+        ("sdar_dynamic", dict(policy="sdar_dynamic")), ("llada2", dict(policy="llada2")), ("sprint", dict(policy="sprint")),
+        ("hierarchy", dict(policy="hierarchy")),
         ("dream, entropy", dict(policy="dream")), ("dream, origin", dict(policy="dream", alg="origin")),
         ("dream, alg_temp", dict(policy="dream", alg_temp=0.5)), ("plackett_luce", dict(policy="plackett_luce", order_logits=bias)),
     ]  # fmt: skip

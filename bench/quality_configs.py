@@ -83,6 +83,7 @@ def _rules() -> list[Config]:
         *_sweep("sdar_static", "steps", steps),
         *_sweep("sdar_dynamic", "threshold", (0.7, 0.85, 0.95), "32 steps", steps=NEW_TOKENS),
         *_sweep("llada2", "threshold", (0.7, 0.8, 0.9, 0.95, 0.99)),
+        *_sweep("sprint", "threshold", (0.8, 0.93, 0.99), "16 steps", steps=16),
         *_sweep("edit", "edit_threshold", (0.9, 0.999), threshold=0.95),
         *_sweep("edit", "threshold", (0.8, 0.95), "editing off", edit_threshold=2.0),
         *_sweep("hierarchy", "low_threshold", (0.3, 0.4, 0.6, 0.8)),

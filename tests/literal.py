@@ -25,7 +25,7 @@ class Script(torch.nn.Module):
     def __init__(self, tables: list[torch.Tensor]):
         super().__init__()
         self.tables, self.seen = tables, [0] * len(tables)
-        self.config = types.SimpleNamespace(mask_token_id=MASK, eos_token_id=None, vocab_size=VOCAB)
+        self.config = types.SimpleNamespace(mask_token_id=MASK, eos_token_id=None, vocab_size=VOCAB, shifted=False)
 
     def forward(self, ids):
         out = []
@@ -210,6 +210,12 @@ class Dynamic(Rule):
         return above if len(above) >= least else c.order()[:least]
 
 
+class Sprint(Rule):
+    def commit(self, c):
+        pace = math.ceil(len(c.open) / max(len(c.quotas) - c.step, 1))
+        return sorted({*c.order()[:pace], *(i for i in c.open if c.confidence[i] > self.k["threshold"])})
+
+
 class Edit(Rule):
     decided = True
 
@@ -379,7 +385,7 @@ class Remask(Rule):
 
 RULES: dict[str, type[Rule]] = dict(
     quota=Quota, threshold=Threshold, factor=Factor, eb=EntropyBound, pc=Quota, dus=Dilated, klass=Klass, slowfast=SlowFast, sdar_static=Quota,
-    sdar_dynamic=Dynamic, llada2=Dynamic, edit=Edit, hierarchy=Hierarchy, credit=Credit, osdt=Osdt, dream=Dream, plackett_luce=PlackettLuce,
+    sdar_dynamic=Dynamic, llada2=Dynamic, sprint=Sprint, edit=Edit, hierarchy=Hierarchy, credit=Credit, osdt=Osdt, dream=Dream, plackett_luce=PlackettLuce,
     remdm=ReMDM, remask=Remask,
 )  # fmt: skip
 """wino is not among them: it needs a shadow block, which a module does not have (tests/test_rule_wino.py)."""

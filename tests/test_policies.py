@@ -37,6 +37,7 @@ CASES: dict[str, list[dict]] = {
     "sdar_static": [dict(), dict(score="leftmost", steps=6)],
     "sdar_dynamic": [dict(threshold=0.4, steps=6), dict(threshold=0.5)],
     "llada2": [dict(threshold=0.4), dict(threshold=0.9, minimum=2)],
+    "sprint": [dict(threshold=0.5, steps=6), dict(threshold=0.9), dict(threshold=0.5, steps=6, score="margin")],
     "edit": [dict(threshold=0.3, edit_threshold=0.3), dict(threshold=0.5, edit_threshold=0.2, max_post_steps=3)],
     "hierarchy": [dict(threshold=0.6, low_threshold=0.3), dict(threshold=0.9)],
     "credit": [dict(threshold=0.5), dict(threshold=0.4, credit_alpha=2.0)],
@@ -74,7 +75,7 @@ class Module(torch.nn.Module):
     def __init__(self, inner):
         super().__init__()
         self.inner = [inner]
-        self.config = types.SimpleNamespace(mask_token_id=MASK, vocab_size=VOCAB)
+        self.config = types.SimpleNamespace(mask_token_id=MASK, vocab_size=VOCAB, shifted=False)
 
     def forward(self, ids):
         return self.inner[0].logits(ids)
@@ -290,13 +291,13 @@ def test_invalid_logits_end_their_row_only(name, knobs):
 ONE_SHOT = dict(
     threshold=dict(threshold=0.0), factor=dict(factor=1e9), eb=dict(gamma=1e9), klass=dict(threshold=0.0, kl_threshold=1e9, history=1),
     llada2=dict(threshold=0.0), sdar_dynamic=dict(threshold=0.0), edit=dict(threshold=0.0, edit_threshold=1.5), hierarchy=dict(threshold=0.0),
-    credit=dict(threshold=0.0), osdt=dict(table=Table(((0.9,),)), cap=0.0), quota=dict(steps=3), sdar_static=dict(steps=3),
+    sprint=dict(threshold=0.0), credit=dict(threshold=0.0), osdt=dict(table=Table(((0.9,),)), cap=0.0), quota=dict(steps=3), sdar_static=dict(steps=3),
     pc=dict(frequencies=FREQUENCIES, steps=3), plackett_luce=dict(order_logits=order_logits, steps=3), dream=dict(steps=1), remdm=dict(steps=1),
 )  # fmt: skip
 ONE_PER_STEP = dict(
     threshold=dict(threshold=1.0), factor=dict(factor=1e-9), eb=dict(gamma=0.0, score="entropy"), klass=dict(threshold=1.0),
     llada2=dict(threshold=1.0), sdar_dynamic=dict(threshold=1.0), edit=dict(threshold=1.0, edit_threshold=1.5),
-    hierarchy=dict(threshold=1.0, low_threshold=1.0), osdt=dict(table=Table(((1.0,),)), cap=1.0), slowfast=dict(threshold=1.0),
+    sprint=dict(threshold=1.0), hierarchy=dict(threshold=1.0, low_threshold=1.0), osdt=dict(table=Table(((1.0,),)), cap=1.0), slowfast=dict(threshold=1.0),
     quota={}, sdar_static={}, pc=dict(frequencies=FREQUENCIES), plackett_luce=dict(order_logits=order_logits), wino=dict(wide_in=1.0),
 )  # fmt: skip
 

@@ -37,6 +37,7 @@ KNOBS = {
     "sdar_static": dict(steps=st.sampled_from([None, 6])),
     "sdar_dynamic": dict(threshold=UNIT, steps=st.sampled_from([None, 6])),
     "llada2": dict(threshold=UNIT, minimum=st.integers(1, 3)),
+    "sprint": dict(threshold=UNIT, steps=st.sampled_from([None, 4, 7])),
     "edit": dict(threshold=UNIT, edit_threshold=st.sampled_from([0.0, 0.5, 0.9, 1.5]), max_post_steps=st.sampled_from([0, 1, 5]), minimum=st.integers(1, 2)),
     "hierarchy": dict(threshold=UNIT, low_threshold=UNIT),
     "credit": dict(

@@ -39,7 +39,7 @@ BAD = [
     (dict(temperature=1e308), "temperature must be a number"),
     (dict(policy=["a"]), "unknown policy"),
     (dict(score={}), "unknown score"),
-    (dict(cache=[]), "unknown cache"),
+    (dict(cache=[]), "cache must be a name"),
     (dict(temperature=math.inf), "temperature must be a number"),
     (dict(temperature=True), "temperature must be a number"),
     (dict(cfg_scale=-0.5), "cfg_scale must be a number"),
@@ -205,7 +205,7 @@ def test_what_a_module_lacks():
     import types
 
     class Theirs(torch.nn.Module):
-        config = types.SimpleNamespace(mask_token_id=60, vocab_size=61)
+        config = types.SimpleNamespace(mask_token_id=60, vocab_size=61, shifted=False)
 
         def forward(self, *_, **__):
             raise AssertionError("a forward ran")

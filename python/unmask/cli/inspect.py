@@ -35,7 +35,7 @@ def here(info, dtype: str | None) -> dict[str, Any]:
     import torch
 
     from .. import ops
-    from ..decode.caches import CACHES, allowed_caches, default_cache
+    from ..decode.caches import CACHES, default_cache
     from ..models import checkpoint
     from ..models.facts import ITEM_BYTES, loaded_bytes, longest
     from ..ops.linear import available_memory, choose_format
@@ -49,7 +49,7 @@ def here(info, dtype: str | None) -> dict[str, Any]:
     per_token = 2 * c.n_layers * c.n_kv_heads * c.head_dim * ITEM_BYTES[name]
     tokens = longest(free, weights, per_token, c.max_positions)
     return {
-        "caches": {n: {"exact": CACHES[n]().exact(c), "default": n == default_cache(c.visibility)} for n in allowed_caches(c.visibility)},
+        "caches": {n: {"exact": CACHES[n]().exact(c), "default": n == default_cache(c.visibility)} for n in _served_caches(c)},
         "cpu": {
             "isa": ops.isa(), "dtype": name, "linear_weights": format, "experts": None if c.experts is None else "loop over the experts that have rows",
             "weight_bytes": weights, "available_bytes": free, "tokens": tokens,
@@ -60,6 +60,22 @@ def here(info, dtype: str | None) -> dict[str, Any]:
         },
         "verdict": verdict(name, weights, free, tokens, per_token, c.max_positions) + ("; load it with dtype='bfloat16' on the CPU" if unserved else ""),
     }  # fmt: skip
+
+
+def _served_caches(config) -> list[str]:
+    """Caches that take this model with their default settings."""
+    from ..decode.caches import CACHES, allowed_caches
+    from ..decode.policy import Policy
+    from ..errors import SettingError
+
+    served = []
+    for name in allowed_caches(config.visibility):
+        try:
+            CACHES[name]().check(Policy(), config)
+        except SettingError:
+            continue
+        served.append(name)
+    return served
 
 
 def _experts_on_cuda(config, dtype) -> str | None:

@@ -190,6 +190,11 @@ _TABLE = (
         (_threshold(0.95, "commit where the score is above this"), _MINIMUM), scores=("confidence", "margin"),
     ),
     RuleSpec(
+        "sprint", "SPRINT", "LLaDA2.0-Uni, README of inclusionAI/LLaDA2.0-Uni",
+        "The ceil(undecided / steps left) best, and every position with p > threshold, whatever the score.", f"{_RULES}.sprint:Sprint",
+        (_threshold(0.93, "commit where the probability is above this"), _STEPS), scores=("confidence", "margin", "entropy"), uses_steps=True,
+    ),
+    RuleSpec(
         "edit", "LLaDA2.1 token editing", "arXiv 2602.08676, equations 1 to 3",
         "As llada2, and decided tokens of the block whose prediction differs with p > edit_threshold are replaced.", f"{_RULES}.edit:Edit",
         (

@@ -206,12 +206,15 @@ def _live_entries(
     taken = {name: None if t is None else t.index_select(0, live) for name, t in per_entry.items()}
     part = reduce(hidden.index_select(0, rows.index_select(0, live)), head, shared, taken)
 
-    def spread(value: torch.Tensor) -> torch.Tensor:
-        out = value.new_zeros((n, *value.shape[1:]))
-        out[live] = value
-        return out
-
-    return _absent(LogitStats(*(spread(value) for value in part)), rows, m)
+    ids = torch.full((n, part.ids.shape[1]), -1)
+    values, status = part.values.new_zeros((n, part.values.shape[1])), part.status.new_zeros(n)
+    result = LogitStats(ids, values, status)
+    if result.topk_id.shape[1]:
+        result.topk_logit.fill_(float("-inf"))
+    for whole, own in zip(result, part, strict=True):
+        whole.index_copy_(0, live, own)
+    low, high = torch.aminmax(rows)
+    return _absent(result, rows, m) if low < -1 or high >= m else result
 
 
 def _all_entries(
