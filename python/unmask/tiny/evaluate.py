@@ -1,6 +1,9 @@
-"""Accuracy of the embedded model on held-out prompts, against tokens per forward, for a sweep of thresholds.
+"""Accuracy of an embedded model on held-out prompts, against tokens per forward, for a sweep of thresholds.
 
-python -m unmask.tiny.evaluate [--model DIR] [--out bench/results] [--count 300] [--decoder unmask|plain]
+python -m unmask.tiny.evaluate [--model tiny|tiny-block|DIR] [--out bench/results] [--count 300] [--decoder unmask|plain]
+
+A block-causal model is decoded in the blocks it was trained with, and once more with block size 1, as the autoregressive
+model that it also is.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import MODEL_DIR
+from . import FOLDERS
 from .network import load_model
+from .sdar_network import load_block_model
 from .tasks import TASKS, Example, held_out_examples, is_right
 
 ONE_PER_STEP = 2.0
@@ -42,7 +46,12 @@ Decode = Callable[[list[list[int]], float, int], list[Decoded]]
 
 @torch.inference_mode()
 def decode_batch(
-    network: nn.Module, canvas: Tensor, prompt_length: int, threshold: float, mask_id: int, eos_id: int
+    network: Callable[[Tensor], Tensor],
+    canvas: Tensor,
+    prompt_length: int,
+    threshold: float,
+    mask_id: int,
+    eos_id: int,
 ) -> list[Decoded]:
     """Denoise rows of equal prompt length as one block: canvas int64 [B, L], masks after `prompt_length`.
 
@@ -77,8 +86,38 @@ def decode_batch(
     return done
 
 
-def plain_decoder(network: nn.Module, mask_id: int, eos_id: int) -> Decode:
-    """The pure-PyTorch decoder: prompts of one length at a time, so that no padding is needed."""
+@torch.inference_mode()
+def decode_blocks(
+    network: nn.Module, canvas: Tensor, prompt_length: int, threshold: float, mask_id: int, eos_id: int, block_size: int
+) -> list[Decoded]:
+    """`decode_batch` for a block-causal network: blocks end at multiples of `block_size` and are filled one after the other.
+
+    What is behind a block is not computed. A row ends with the block of its first EOS, or as soon as all before it is decided.
+    """
+    done: list[Decoded | None] = [None] * canvas.shape[0]
+    live, nfe, rows = torch.arange(canvas.shape[0]), [0] * canvas.shape[0], canvas.clone()
+
+    def forward(ids: Tensor) -> Tensor:
+        return network(ids, block_size)
+
+    for end in range((prompt_length // block_size + 1) * block_size, canvas.shape[1] + block_size, block_size):
+        if not len(live):
+            break
+        end = min(end, canvas.shape[1])
+        part = decode_batch(forward, rows[live, :end], prompt_length, threshold, mask_id, eos_id)
+        go_on = []
+        for i, row in zip(live.tolist(), part, strict=True):
+            nfe[i] += row.nfe
+            rows[i, prompt_length : prompt_length + len(row.ids)] = torch.tensor(row.ids, dtype=torch.int64)
+            done[i] = Decoded(row.ids, nfe[i])
+            if prompt_length + len(row.ids) == end:
+                go_on.append(i)
+        live = torch.tensor(go_on, dtype=torch.int64)
+    return [row for row in done if row is not None]
+
+
+def plain_decoder(network: nn.Module, mask_id: int, eos_id: int, block_size: int | None = None) -> Decode:
+    """The pure-PyTorch decoder: prompts of one length at a time, so that no padding is needed. block_size: of a block-causal network."""
 
     def decode(prompts: list[list[int]], threshold: float, new_tokens: int) -> list[Decoded]:
         out: list[Decoded | None] = [None] * len(prompts)
@@ -86,30 +125,44 @@ def plain_decoder(network: nn.Module, mask_id: int, eos_id: int) -> Decode:
             chosen = [i for i, p in enumerate(prompts) if len(p) == length]
             canvas = torch.full((len(chosen), length + new_tokens), mask_id)
             canvas[:, :length] = torch.tensor([prompts[i] for i in chosen])
-            for i, row in zip(
-                chosen, decode_batch(network, canvas, length, threshold, mask_id, eos_id), strict=True
-            ):
+            if block_size is None:
+                rows = decode_batch(network, canvas, length, threshold, mask_id, eos_id)
+            else:
+                rows = decode_blocks(network, canvas, length, threshold, mask_id, eos_id, block_size)
+            for i, row in zip(chosen, rows, strict=True):
                 out[i] = row
         return [row for row in out if row is not None]
 
     return decode
 
 
-def plain_decoder_of(folder: Path) -> Decode:
-    """The pure-PyTorch decoder on the checkpoint in `folder`."""
-    network, config = load_model(folder)
-    return plain_decoder(network, int(config["mask_token_id"]), int(config["eos_token_id"]))
+def trained_blocks(folder: Path) -> int | None:
+    """Block size of a block-causal checkpoint; None for one that sees the whole canvas."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int(config["block_size"]) if config["model_type"] == "sdar" else None
 
 
-def library_decoder(folder: Path) -> Decode:
-    """`unmask.generate` on the same checkpoint: all prompts as one ragged batch, the canvas as one block."""
+def plain_decoder_of(folder: Path, block_size: int | None = None) -> Decode:
+    """The pure-PyTorch decoder on the checkpoint in `folder`. block_size: another than a block-causal one was trained with."""
+    trained = trained_blocks(folder)
+    network, config = load_model(folder) if trained is None else load_block_model(folder)
+    return plain_decoder(network, int(config["mask_token_id"]), int(config["eos_token_id"]), trained and (block_size or trained))
+
+
+def library_decoder(folder: Path, block_size: int | None = None) -> Decode:
+    """`unmask.generate` on the same checkpoint, all prompts as one ragged batch.
+
+    The canvas is one block, or (block-causal) is decoded in the blocks that were trained; block_size: in others, which attention then has too.
+    """
     import unmask
 
-    model = unmask.load(folder)
+    model = unmask.load(folder, overrides=None if block_size is None else {"block_size": block_size})
+    trained = trained_blocks(folder)
 
     def decode(prompts: list[list[int]], threshold: float, new_tokens: int) -> list[Decoded]:
         rule = {"policy": "quota"} if threshold == ONE_PER_STEP else {"threshold": threshold}
-        results = unmask.generate(model, prompts, max_new_tokens=new_tokens, block_size=new_tokens, **rule)
+        size = new_tokens if trained is None else block_size or trained
+        results = unmask.generate(model, prompts, max_new_tokens=new_tokens, block_size=size, **rule)
         return [Decoded(list(result.ids), result.nfe) for result in results]
 
     return decode
@@ -159,25 +212,40 @@ def one_per_step_accuracy(
     }
 
 
+def block_accuracy(
+    network: nn.Module, tokenizer: Tokenizer, mask_id: int, eos_id: int, count: int, block_size: int, new_tokens: int = 24
+) -> dict[str, float]:
+    """`one_per_step_accuracy` of a block-causal network at a block size; 1 decodes as an autoregressive model does."""
+    decode = plain_decoder(network, mask_id, eos_id, block_size)
+    return {
+        name: score(held_out_examples(name, count), tokenizer, decode, ONE_PER_STEP, new_tokens).accuracy
+        for name in TASKS
+    }
+
+
 def _label(threshold: float) -> str:
     return "one per step" if threshold == ONE_PER_STEP else f"{threshold:g}"
 
 
-def table(scores: list[Score]) -> str:
-    """Markdown table: a row per threshold, accuracy per task, then averages and tokens per forward."""
+def table(scores: list[Score], alone: list[Score] | None = None) -> str:
+    """Markdown table: a row per threshold, accuracy per task, then averages and tokens per forward. alone: with block size 1."""
     lines = [
         "| threshold | " + " | ".join(TASKS) + " | average | single-answer | many-answer | tokens/forward |"
     ]
     lines.append("|---" * (len(TASKS) + 5) + "|")
     many = [name for name, task in TASKS.items() if task.many_answers]
-    for threshold in sorted({s.threshold for s in scores}):
-        by_task = {s.task: s for s in scores if s.threshold == threshold}
+    sweep = [
+        (_label(threshold), [s for s in scores if s.threshold == threshold])
+        for threshold in sorted({s.threshold for s in scores})
+    ]
+    for label, row in [*sweep, *([("block size 1", alone)] if alone else [])]:
+        by_task = {s.task: s for s in row}
         accuracy = {name: by_task[name].accuracy for name in TASKS}
         groups = (list(TASKS), [n for n in TASKS if n not in many], many)
         means = [sum(accuracy[n] for n in group) / len(group) for group in groups]
         speed = sum(s.tokens for s in by_task.values()) / sum(s.nfe for s in by_task.values())
         cells = [f"{100 * v:.1f}" for v in (*accuracy.values(), *means)]
-        lines.append(f"| {_label(threshold)} | " + " | ".join(cells) + f" | {speed:.2f} |")
+        lines.append(f"| {label} | " + " | ".join(cells) + f" | {speed:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -214,10 +282,10 @@ def plot(scores: list[Score], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line: sweep the thresholds, write tiny-sweep.{csv,json,md,png}, print the table."""
+    """Command line: sweep the thresholds, write tiny-sweep.* or tiny-block-sweep.{csv,json,md,png}, print the table."""
     parser = argparse.ArgumentParser(prog="python -m unmask.tiny.evaluate", description=__doc__)
     parser.add_argument(
-        "--model", type=Path, default=MODEL_DIR, help="checkpoint folder (default: the embedded model)"
+        "--model", default="tiny", help="tiny (default), tiny-block, or a checkpoint folder of either layout"
     )
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="where results are written")
     parser.add_argument(
@@ -231,16 +299,23 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
 
-    tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
-    decode = library_decoder(args.model) if args.decoder == "unmask" else plain_decoder_of(args.model)
+    folder = FOLDERS.get(args.model) or Path(args.model)
+    if not (folder / "config.json").is_file():
+        parser.error(f"--model must be {', '.join(FOLDERS)} or a checkpoint folder, and {folder} holds no config.json")
+    block_size = trained_blocks(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    make = library_decoder if args.decoder == "unmask" else plain_decoder_of
+    decode, decode_alone = make(folder), None if block_size is None else make(folder, 1)
     started, cpu = time.perf_counter(), time.process_time()
-    scores = []
+    scores, alone = [], []
     for name in tqdm(TASKS, desc="tasks"):
         examples = held_out_examples(name, args.count)
         scores += [score(examples, tokenizer, decode, t, args.new_tokens) for t in THRESHOLDS]
+        if decode_alone is not None:
+            alone.append(score(examples, tokenizer, decode_alone, ONE_PER_STEP, args.new_tokens))
     args.out.mkdir(parents=True, exist_ok=True)
     report = {
-        "command": "python -m unmask.tiny.evaluate",
+        "command": "python -m unmask.tiny.evaluate" + ("" if args.model == "tiny" else f" --model {args.model}"),
         "decoder": args.decoder,
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
@@ -251,14 +326,17 @@ def main(argv: list[str] | None = None) -> None:
         "one_per_step_threshold": ONE_PER_STEP,
         "scores": [asdict(s) for s in scores],
     }
-    (args.out / "tiny-sweep.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    with (args.out / "tiny-sweep.csv").open("w", newline="", encoding="utf-8") as file:
+    if block_size is not None:
+        report |= {"block_size": block_size, "block_size_1": [asdict(s) for s in alone]}
+    stem = "tiny-sweep" if block_size is None else "tiny-block-sweep"
+    (args.out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    with (args.out / f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(asdict(scores[0])), lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(s) for s in scores)
-    (args.out / "tiny-sweep.md").write_text(table(scores), encoding="utf-8")
-    print(table(scores))
-    plot(scores, args.out / "tiny-sweep.png")
+    (args.out / f"{stem}.md").write_text(table(scores, alone), encoding="utf-8")
+    print(table(scores, alone))
+    plot(scores, args.out / f"{stem}.png")
 
 
 if __name__ == "__main__":

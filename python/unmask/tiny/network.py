@@ -172,15 +172,19 @@ class Network(nn.Module):
         return self.head(self.hidden(ids))
 
 
-def save_model(folder: Path, shape: Shape, weights: dict[str, Tensor], mask_id: int, eos_id: int) -> None:
+def save_checkpoint(folder: Path, config: dict[str, object], weights: dict[str, Tensor]) -> None:
     """Write config.json and model.safetensors (fp32); each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(shape.config(mask_id, eos_id), indent=2) + "\n"
     tensors = {name: w.detach().float().cpu().contiguous() for name, w in weights.items()}
     (folder / "model.safetensors.part").write_bytes(save(tensors, metadata={"format": "pt"}))
-    (folder / "config.json.part").write_text(config, encoding="utf-8")
+    (folder / "config.json.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in ("model.safetensors", "config.json"):
         (folder / f"{name}.part").replace(folder / name)
+
+
+def save_model(folder: Path, shape: Shape, weights: dict[str, Tensor], mask_id: int, eos_id: int) -> None:
+    """Write a checkpoint in LLaDA's layout."""
+    save_checkpoint(folder, shape.config(mask_id, eos_id), weights)
 
 
 def load_model(folder: Path) -> tuple[Network, dict[str, object]]:

@@ -1,6 +1,9 @@
-"""Train the embedded model from nothing, on data made here: seeded, resumable, on two CPU cores or one GPU.
+"""Train the embedded models on data made here: seeded, resumable, on two CPU cores or one GPU.
 
     python -m unmask.tiny.train --out runs/tiny [--steps N] [--seed S] [--resume] [--dtype auto|fp32|bf16]
+    python -m unmask.tiny.train --model tiny-block --out runs/tiny-block
+
+`tiny` starts from nothing. Its block-causal sibling starts from the embedded model's weights, put into SDAR's layout.
 
 Every step's data depend on (seed, step) alone, so an interrupted run that is resumed sees what an uninterrupted one
 sees. State is kept as safetensors (weights, their running average, AdamW moments) and JSON.
@@ -13,6 +16,7 @@ import json
 import os
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +30,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from .evaluate import one_per_step_accuracy
-from .network import Network, Shape, save_model
+from . import MODEL_DIR
+from .block_causal import BlockBatch, make_block_batch
+from .evaluate import block_accuracy, one_per_step_accuracy
+from .network import Network, Shape, load_model, save_model
+from .sdar_network import BlockNetwork, from_llada, save_block_model
 from .tasks import training_examples
 from .tokenizer import EOS, MASK, build_tokenizer, write_tokenizer
 
@@ -134,6 +141,16 @@ class Batch:
     clean: Tensor
     weight: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.noisy.to(device), self.clean.to(device), self.weight.to(device))
+
+    def loss(self, network: Network) -> Tensor:
+        """Weighted cross entropy over the masked positions; the head runs on those only."""
+        chosen = self.weight > 0
+        logits = network.head(network.hidden(self.noisy)[chosen]).float()
+        weight = self.weight[chosen]
+        return (F.cross_entropy(logits, self.clean[chosen], reduction="none") * weight).sum() / weight.sum()
+
 
 def make_batch(tokenizer: Tokenizer, seed: int, step: int, rows: int) -> Batch:
     """Draw examples and mask them as LLaDA does: prompts stay clean, a ratio t ~ U(0, 1] per row, weight 1/t (bounded).
@@ -168,14 +185,6 @@ def make_batch(tokenizer: Tokenizer, seed: int, step: int, rows: int) -> Batch:
     return Batch(torch.where(masked, mask_id, clean), clean, weight)
 
 
-def loss_of(network: Network, batch: Batch) -> Tensor:
-    """Weighted cross entropy over the masked positions; the head runs on those only."""
-    chosen = batch.weight > 0
-    logits = network.head(network.hidden(batch.noisy)[chosen]).float()
-    weight = batch.weight[chosen]
-    return (F.cross_entropy(logits, batch.clean[chosen], reduction="none") * weight).sum() / weight.sum()
-
-
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Warm up over 200 steps, hold, and go down to zero along a straight line over the last 40% of the run.
 
@@ -189,7 +198,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 class Run:
     """What a checkpoint holds: network, running average of its weights, optimizer, and where the run stands."""
 
-    network: Network
+    network: Network | BlockNetwork
     average: dict[str, Tensor]
     optimizer: torch.optim.AdamW
     step: int = 0
@@ -217,6 +226,9 @@ class Run:
         """Read what `save` wrote into this run's network, average and optimizer."""
         facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / facts["file"])
+        names = {n.removeprefix("weight/") for n in tensors if n.startswith("weight/")}
+        if names != {n for n, _ in self.network.named_parameters()}:
+            raise SystemExit(f"{folder} holds a run of another model: give the --model that it was started with, or name another folder")
         self.step, self.cpu_seconds, self.seconds = facts["step"], facts["cpu_seconds"], facts["seconds"]
         with torch.no_grad():
             for name, weight in self.network.named_parameters():
@@ -229,10 +241,21 @@ class Run:
                 }
 
 
-def new_run(shape: Shape, seed: int, device: torch.device, weight_decay: float = 0.05) -> Run:
-    """Fresh weights from the seed; norms are not decayed."""
+def new_run(shape: Shape, seed: int, device: torch.device) -> Run:
+    """A run from fresh weights, drawn from the seed."""
     network = Network(shape)
     network.initialise(torch.Generator().manual_seed(seed))
+    return run_of(network, device)
+
+
+def converted_run(seed: int, device: torch.device) -> Run:
+    """A run of the block-causal sibling from the embedded model's weights; the seed draws the rows that fit its new norms."""
+    source, _ = load_model(MODEL_DIR)
+    return run_of(from_llada(source, make_batch(build_tokenizer(), seed, STAGES[-1][0], 128).noisy), device)
+
+
+def run_of(network: Network | BlockNetwork, device: torch.device, weight_decay: float = 0.05) -> Run:
+    """A run at its beginning; norms are not decayed."""
     network.to(device)
     matrices = [w for w in network.parameters() if w.dim() == 2]
     vectors = [w for w in network.parameters() if w.dim() < 2]
@@ -241,14 +264,14 @@ def new_run(shape: Shape, seed: int, device: torch.device, weight_decay: float =
     return Run(network, {n: w.detach().clone() for n, w in network.named_parameters()}, optimizer)
 
 
-def one_step(run: Run, batch: Batch, rate: float, dtype: torch.dtype) -> float:
+def one_step(run: Run, batch: Batch | BlockBatch, rate: float, dtype: torch.dtype) -> float:
     """Forward, backward, clip to norm 1, AdamW, running average; returns the loss."""
     device = next(run.network.parameters()).device
-    batch = Batch(batch.noisy.to(device), batch.clean.to(device), batch.weight.to(device))
+    batch = batch.to(device)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        loss = loss_of(run.network, batch)
+        loss = batch.loss(run.network)
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.network.parameters(), 1.0)
@@ -261,12 +284,62 @@ def one_step(run: Run, batch: Batch, rate: float, dtype: torch.dtype) -> float:
     return float(loss.detach())
 
 
-def faster_dtype(shape: Shape, tokenizer: Tokenizer, device: torch.device, rows: int) -> torch.dtype:
+@dataclass(frozen=True)
+class Recipe:
+    """What differs between the embedded models: the start, the rows, the default sizes of a run, and the checkpoint."""
+
+    start: Callable[[int, torch.device], Run]
+    make_batch: Callable[[Tokenizer, int, int, int], Batch | BlockBatch]
+    save: Callable[[Path, Run, int, int], None]
+    judge: Callable[[Run, Tokenizer, int, int, int], dict[str, float]]
+    steps: int
+    rows: int
+    peak: float
+
+
+def _judge_network(run: Run) -> Network | BlockNetwork:
+    """The averaged weights on the CPU in fp32."""
+    judge = type(run.network)(run.network.shape).eval()
+    judge.load_state_dict({n: w.cpu() for n, w in run.average.items()})
+    return judge
+
+
+def _judge_block(run: Run, tokenizer: Tokenizer, mask_id: int, eos_id: int, count: int) -> dict[str, float]:
+    """Accuracy at the model's block size, one token per step; then the same of block size 1 (autoregressive), names marked."""
+    judge = _judge_network(run)
+    accuracy = block_accuracy(judge, tokenizer, mask_id, eos_id, count, judge.shape.block_size)
+    alone = block_accuracy(judge, tokenizer, mask_id, eos_id, count, 1)
+    return accuracy | {f"{name}@1": value for name, value in alone.items()}
+
+
+RECIPES: dict[str, Recipe] = {
+    "tiny": Recipe(
+        start=lambda seed, device: new_run(Shape(vocab_size=build_tokenizer().get_vocab_size()), seed, device),
+        make_batch=make_batch,
+        save=lambda folder, run, mask_id, eos_id: save_model(folder, run.network.shape, run.average, mask_id, eos_id),
+        judge=lambda run, *rest: one_per_step_accuracy(_judge_network(run), *rest),
+        steps=3900,
+        rows=128,
+        peak=2e-3,
+    ),
+    "tiny-block": Recipe(
+        start=converted_run,
+        make_batch=make_block_batch,
+        save=lambda folder, run, mask_id, eos_id: save_block_model(folder, run.network.shape, run.average, mask_id, eos_id),
+        judge=_judge_block,
+        steps=1700,
+        rows=96,
+        peak=1.5e-3,
+    ),
+}
+
+
+def faster_dtype(recipe: Recipe, tokenizer: Tokenizer, device: torch.device, rows: int) -> torch.dtype:
     """fp32 or bf16 autocast, by timing three steps of a throw-away run with each (half the CPUs lack bf16 units)."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        trial = new_run(shape, 0, device)
-        batch = make_batch(tokenizer, 0, 0, rows)
+        trial = recipe.start(0, device)
+        batch = recipe.make_batch(tokenizer, 0, 0, rows)
         one_step(trial, batch, 0.0, dtype)
         started = time.perf_counter()
         for _ in range(3):
@@ -276,20 +349,15 @@ def faster_dtype(shape: Shape, tokenizer: Tokenizer, device: torch.device, rows:
     return min(seconds, key=seconds.__getitem__)
 
 
-def export(run: Run, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the averaged weights as a LLaDA-layout checkpoint with its tokenizer."""
-    mask_id, eos_id = tokenizer.token_to_id(MASK), tokenizer.token_to_id(EOS)
-    save_model(folder, run.network.shape, run.average, mask_id, eos_id)
+def export(recipe: Recipe, run: Run, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the averaged weights as a checkpoint with its tokenizer."""
+    recipe.save(folder, run, tokenizer.token_to_id(MASK), tokenizer.token_to_id(EOS))
     write_tokenizer(folder)
 
 
-def held_out_accuracy(run: Run, tokenizer: Tokenizer, count: int) -> dict[str, float]:
+def held_out_accuracy(recipe: Recipe, run: Run, tokenizer: Tokenizer, count: int) -> dict[str, float]:
     """Accuracy of the averaged weights, one token per step, on the CPU in fp32."""
-    judge = Network(run.network.shape).eval()
-    judge.load_state_dict({n: w.cpu() for n, w in run.average.items()})
-    return one_per_step_accuracy(
-        judge, tokenizer, tokenizer.token_to_id(MASK), tokenizer.token_to_id(EOS), count
-    )
+    return recipe.judge(run, tokenizer, tokenizer.token_to_id(MASK), tokenizer.token_to_id(EOS), count)
 
 
 def _percent(accuracy: dict[str, float]) -> str:
@@ -297,17 +365,22 @@ def _percent(accuracy: dict[str, float]) -> str:
     return "  ".join(f"{name} {100 * value:.1f}" for name, value in {**accuracy, "average": mean}.items())
 
 
+def _defaults(field: str) -> str:
+    return ", ".join(f"{getattr(recipe, field)} ({name})" for name, recipe in RECIPES.items())
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Command line options; the defaults are those the embedded model was trained with."""
+    """Command line options; the defaults are those the embedded models were trained with."""
     parser = argparse.ArgumentParser(
-        prog="python -m unmask.tiny.train", description="Train the embedded model."
+        prog="python -m unmask.tiny.train", description="Train an embedded model."
     )
+    parser.add_argument("--model", choices=tuple(RECIPES), default="tiny", help="which one (default tiny)")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the state and, under model/, the checkpoint"
     )
-    parser.add_argument("--steps", type=int, default=3900)
-    parser.add_argument("--rows", type=int, default=128, help="examples per step")
-    parser.add_argument("--peak", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--steps", type=int, help=f"default: {_defaults('steps')}")
+    parser.add_argument("--rows", type=int, help=f"examples per step; default: {_defaults('rows')}")
+    parser.add_argument("--peak", type=float, help=f"highest learning rate; default: {_defaults('peak')}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
@@ -318,7 +391,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--judge-every", type=int, default=750, help="steps between held-out checks (40 prompts a task)"
     )
     parser.add_argument("--final-count", type=int, default=300, help="held-out prompts a task at the end")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for field in ("steps", "rows", "peak"):
+        if getattr(args, field) is None:
+            setattr(args, field, getattr(RECIPES[args.model], field))
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -327,11 +404,11 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     tokenizer = build_tokenizer()
-    shape = Shape(vocab_size=tokenizer.get_vocab_size())
+    recipe = RECIPES[args.model]
     args.out.mkdir(parents=True, exist_ok=True)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    dtype = dtypes.get(args.dtype) or faster_dtype(shape, tokenizer, device, args.rows)
-    run = new_run(shape, args.seed, device)
+    dtype = dtypes.get(args.dtype) or faster_dtype(recipe, tokenizer, device, args.rows)
+    run = recipe.start(args.seed, device)
     if args.resume:
         run.load(args.out)
     elif (args.out / "state.json").exists():
@@ -345,7 +422,7 @@ def main(argv: list[str] | None = None) -> None:
     smooth = 0.0
     with tqdm(total=args.steps, initial=run.step, unit="step", mininterval=5.0) as bar:
         while run.step < args.steps:
-            batch = make_batch(tokenizer, args.seed, run.step, args.rows)
+            batch = recipe.make_batch(tokenizer, args.seed, run.step, args.rows)
             loss = one_step(run, batch, learning_rate(run.step, args.steps, args.peak), dtype)
             smooth = loss if smooth == 0.0 else smooth + 0.02 * (loss - smooth)
             bar.update()
@@ -355,12 +432,12 @@ def main(argv: list[str] | None = None) -> None:
                 run.save(args.out)
             if run.step % args.judge_every == 0 and run.step < args.steps:
                 bar.write(
-                    f"step {run.step} cpu {run.cpu_seconds:.0f}s  {_percent(held_out_accuracy(run, tokenizer, 40))}"
+                    f"step {run.step} cpu {run.cpu_seconds:.0f}s  {_percent(held_out_accuracy(recipe, run, tokenizer, 40))}"
                 )
-                export(run, tokenizer, args.out / "model")
-    export(run, tokenizer, args.out / "model")
+                export(recipe, run, tokenizer, args.out / "model")
+    export(recipe, run, tokenizer, args.out / "model")
     print(f"trained in {run.cpu_seconds:.0f} CPU seconds, {run.seconds:.0f} s wall", flush=True)
-    print(_percent(held_out_accuracy(run, tokenizer, args.final_count)), flush=True)
+    print(_percent(held_out_accuracy(recipe, run, tokenizer, args.final_count)), flush=True)
 
 
 if __name__ == "__main__":
