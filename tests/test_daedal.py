@@ -220,7 +220,7 @@ class Module(torch.nn.Module):
     def __init__(self, model, broken: int | None = None):
         super().__init__()
         self.inner, self.broken, self.shapes = [model], broken, []
-        self.config = types.SimpleNamespace(mask_token_id=MASK, eos_token_id=EOS, vocab_size=VOCAB)
+        self.config = types.SimpleNamespace(mask_token_id=MASK, eos_token_id=EOS, vocab_size=VOCAB, shifted=False)
 
     def forward(self, ids):
         self.shapes.append(tuple(ids.shape))

@@ -30,9 +30,18 @@ from .models.foreign import UNLIMITED, Foreign
 from .models.model import Model, build
 from .models.tokenizer import Tokenizer
 from .ops.info import cuda_archs
+from .ops.int8 import int8_available
+from .ops.linear import Format
 from .prompts import Fields, Prompts, read_negative, read_prompts, read_templates
 from .result import Commit, Done, Result, Step
 from .settings import Settings
+from .speculate.auto import Chooser
+from .speculate.engine import Speculative
+from .speculate.methods import S2D2, Auto, Method
+from .speculate.methods import check as check_speculation
+from .speculate.nodes import NodeState, scratch_slots
+from .speculate.s2d2 import S2D2Backend, S2D2Engine
+from .speculate.s2d2 import check as check_s2d2
 
 
 def load(
@@ -44,23 +53,28 @@ def load(
     revision: str = "main",
     family: str | None = None,
     overrides: Mapping[str, Any] | None = None,
+    weights: str | None = None,
 ) -> Model:
-    """Loads a checkpoint: a folder, a Hugging Face id or cache path that is already on disk, or "tiny", the embedded model.
+    """Loads a checkpoint: a folder, a Hugging Face id or cache path that is already on disk, or an embedded model:
+    "tiny" (bidirectional, LLaDA's layout) or "tiny-block" (block-causal, SDAR's).
 
     source: looked for in that order (folder, Hugging Face cache, embedded); nothing is ever downloaded unless download=True.
     dtype: torch.float32 or torch.bfloat16 (or their names); default: as stored. device: "cpu", "cuda" or "cuda:N" (float16 too on CUDA; no GPU has run it yet, see the README's table).
     revision: which snapshot of a Hugging Face id. family, overrides: read the config as this family, replace fields of it, for example
     overrides={"mask_id": 126336}, where a checkpoint's own config lacks them.
+    weights: "int8" keeps the weights of all linear layers in a byte each (one scale a row; quantised tensor by tensor while loading), for
+    half the memory of bf16 at about its speed from width 2048 on (bench/bench_int8.py); activations and embedding keep their dtype. Needs
+    a CPU with AVX-512 VNNI. "bf16" is dtype="bfloat16".
     Raises ModelNotFound (naming the folders searched), CheckpointError (listing every problem of the files; nothing is partly loaded)
     or SettingError. Only safetensors weights are read; no code of the checkpoint is run.
     """
-    kind = _dtype(dtype)
-    target = _device(device)
+    kind, target = _dtype(dtype), _device(device)
+    kind, format = _weights(weights, kind, target)
     folder = hub.resolve(source, revision=revision, download=download)
     info = checkpoint.inspect(folder, family, overrides)
     _check_decodable(info.config, overrides or {})
     tokenizer = Tokenizer.load(folder, info.config)
-    return build(info, tokenizer, str(source), kind, target)
+    return build(info, tokenizer, str(source), kind, target, format)
 
 
 def generate(model: Model | Foreign | torch.nn.Module | str | Path, prompt: Any, **settings: Any) -> Result | list[Result]:
@@ -144,18 +158,48 @@ class _Run:
         )
         eos_ids = config.eos_ids if settings.eos_stop else ()
         self.stop = _StopStrings(self.state, model.tokenizer, settings.stop, eos_ids) if settings.stop else None
-        self.engine = self._daedal(policy) if settings.schedule == "daedal" else Engine(
-            self.state,
-            self._backend(policy),
-            policy,
-            cache=self.cache,
-            eos_ids=eos_ids,
-            eos_at_block_end=settings.eos_stop == "block",
-            on_invalid=settings.on_invalid,
-            settled=self.stop,
+        shared: dict[str, Any] = dict(
+            cache=self.cache, eos_ids=eos_ids, eos_at_block_end=settings.eos_stop == "block", on_invalid=settings.on_invalid, settled=self.stop,
             record=bool(settings.trace) or not quiet,
-            predictions=settings.trace == "predictions",
-            after_commit=fields.bind(self.state) if fields is not None else None,
+        )  # fmt: skip
+        if isinstance(settings.method, S2D2):
+            self.engine = self._s2d2(policy, settings.method, fields, shared)
+        elif settings.method is not None:
+            self.engine = self._speculative(policy, settings.method, fields, shared)
+        elif settings.schedule == "daedal":
+            self.engine = self._daedal(policy)
+        else:
+            after = fields.bind(self.state) if fields is not None else None
+            self.engine = Engine(self.state, self._backend(policy), policy, predictions=settings.trace == "predictions", after_commit=after, **shared)
+
+    def _speculative(self, policy: Policy, method: Method, fields: Fields | None, shared: dict[str, Any]) -> Speculative:
+        settings, model = self.settings, self.model
+        check_speculation(
+            method, policy, self.cache, native=isinstance(model, Model), model=model.name, soft_masks=settings.soft_masks is not None,
+            negative_prompt=settings.negative_prompt is not None, fields=fields is not None, predictions=settings.trace == "predictions",
+            schedule=settings.schedule,
+        )  # fmt: skip
+        nodes = NodeState(self.state, settings.nodes)
+        weight = settings.guidance_weight
+        block = model.config.block_size if model.config.visibility == "block_causal" else None
+        backend = NativeBackend(
+            model, nodes, model.config.mask_id, None if weight is None else Guidance(weight),  # type: ignore[arg-type]
+            extra_slots=scratch_slots(nodes, self.cache, block, settings.nodes), kv_rows=nodes.batch,
+        )  # fmt: skip
+        chooser = Chooser(settings.nodes) if isinstance(method, Auto) else None
+        return Speculative(nodes, backend, policy, method=method, draft=settings.nodes, chooser=chooser, **shared)
+
+    def _s2d2(self, policy: Policy, method: S2D2, fields: Fields | None, shared: dict[str, Any]) -> S2D2Engine:
+        model, settings, state = self.model, self.settings, self.state
+        if not isinstance(model, Model):
+            raise SettingError(f"speculate='s2d2' needs a model from unmask.load, got {model.name}: a module cannot be read with block size 1")
+        check_s2d2(
+            model.config, policy, self.cache.name, guidance=settings.guidance_weight is not None, soft_masks=settings.soft_masks is not None
+        )
+        after = fields.bind(state) if fields is not None else None
+        backend = S2D2Backend(model, state, model.config.mask_id, method.options)
+        return S2D2Engine(
+            state, backend, policy, options=method.options, predictions=settings.trace == "predictions", after_commit=after, **shared
         )
 
     def _daedal(self, policy: Policy) -> Daedal:
@@ -211,8 +255,11 @@ class _Run:
                     traces[commit.row].append(_trace_record(commit, record))
             if not self.quiet:
                 yield Step(record.forward, record.seconds, {c.row: c.masks_left for c in record.commits})
-                for c in shown:
+                for i, c in enumerate(shown):
                     canvas = _canvas(state, c.row)[: self._end(state.rows[c.row])]
+                    for later in shown[i + 1 :]:  # of the same forward: speculation
+                        for p in later.positions if later.row == c.row else ():
+                            canvas[p] = self.model.config.mask_id
                     yield Commit(c.row, c.block, c.step, c.nfe, c.positions, c.ids, c.scores, c.masks_left, canvas)
         results = [self._row_result(row, ended[row.index], traces[row.index] if settings.trace else None) for row in state.rows]
         yield Done(results[0] if self.prompts.single else results)
@@ -262,6 +309,7 @@ class _Run:
                 stopped = self.stop.found(text)
                 ids, text = self.stop.cut(ids, text)
                 counted = min(counted, len(ids))
+        counts = self.engine.counts[row.index] if isinstance(self.engine, S2D2Engine) else row
         reason = row.finish_reason or "length"
         if (reason == "eos" and first_eos is None) or (reason == "stop" and not stopped):
             reason = "length"  # what ended the row stands behind the end of its canvas
@@ -279,6 +327,8 @@ class _Run:
             settings=self.resolved,
             trace=trace,
             log_prob=self._log_prob(row),
+            drafted=counts.drafted,
+            accepted=counts.accepted,
         )
 
 
@@ -293,6 +343,7 @@ def _trace_record(commit: EngineCommit, record: StepRecord) -> dict[str, Any]:
         "edited": [list(t) for t in commit.edited],
         "remasked": [list(t) for t in commit.remasked], "masks_left": commit.masks_left, "rows": commit.rows, "ms": record.seconds * 1e3,
         **({} if commit.filled is None else {"filled": commit.filled}),
+        **({} if commit.drafted is None else {"drafted": commit.drafted, "accepted": commit.accepted}),
         **({"inserted": [list(t) for t in commit.inserted], "length": commit.length} if isinstance(commit, Lengthening) else {}),
     }  # fmt: skip
 
@@ -353,6 +404,24 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         return names[aliases.get(dtype, dtype)]
     check_names("dtype", [dtype], names)
     raise AssertionError("check_names has raised")
+
+
+def _weights(weights: str | None, dtype: torch.dtype | None, device: torch.device) -> tuple[torch.dtype | None, Format | None]:
+    """(dtype, format of the linear weights) that `weights` asks for."""
+    if weights is None:
+        return dtype, None
+    check_names("weights", [weights], ("int8", "bf16"))
+    if weights == "bf16":
+        if dtype not in (None, torch.bfloat16):
+            raise SettingError(f"weights='bf16' is dtype='bfloat16', got dtype={dtype}; leave one of them out")
+        return torch.bfloat16, None
+    if device.type != "cpu":
+        raise SettingError(f"weights='int8' is for device='cpu' in this release, got {device}; leave it out or use weights='bf16'")
+    if not int8_available():
+        raise SettingError(
+            "weights='int8' needs a torch with FBGEMM and a CPU with AVX-512 VNNI: on this one torch's int8 product is missing or saturates; use weights='bf16'"
+        )
+    return dtype, "int8"
 
 
 def _device(device: torch.device | str) -> torch.device:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .decode.values import as_integer
 from .errors import SettingError
 from .models.foreign import Foreign
 from .models.model import Model, check_ids
 from .settings import Settings
 from .templates import Scaffold, end_fields, parse_template
+from .values import as_integer
 
 if TYPE_CHECKING:
     from .decode.state import DecodeState

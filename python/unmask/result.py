@@ -16,7 +16,8 @@ class Result:
     the mean over layers). tokens_per_forward: tokens before the first EOS / nfe. seconds: wall time until the row
     ended. finish_reason: "eos", "length", "stop" or "invalid" (only with on_invalid="skip"). exact: False where the cache is
     approximate. settings: every setting as resolved. trace: records of `decode.trace` if asked for, else None. log_prob: of the row's order
-    and tokens, for policy="plackett_luce", else None.
+    and tokens, for policy="plackett_luce", else None. drafted, accepted: with speculate, the nodes that were verified beside the row itself, and
+    those of them that counted (the plain run would have taken nfe + accepted forwards); with "s2d2" tokens that were verified and accepted.
     """
 
     text: str | None
@@ -32,6 +33,8 @@ class Result:
     settings: dict[str, Any]
     trace: list[dict[str, Any]] | None = None
     log_prob: float | None = None
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,9 @@ from .decode.schedule import AdaBlock, AlignedBlocks, FixedBlocks
 from .decode.soft import SoftMasks
 from .decode.state import row_seeds
 from .decode.table import KNOBS, POLICIES, RULES, RuleSpec
-from .decode.values import integer, number, plain
 from .errors import SettingError, check_names
+from .speculate.methods import MAX_NODES, S2D2, Auto, Method, read_method
+from .values import integer, number, plain
 
 if TYPE_CHECKING:
     from .models.config import ModelConfig
@@ -51,6 +52,10 @@ class Settings:
     soft_masks: an unmask.SoftMasks: masks carry a mix of the embeddings of their likeliest tokens (arXiv 2510.17206).
     cache: by default the exact one: "none", or "block" (finished blocks) for block-causal models. Others are approximate: "prefix", "dual",
     "dllm", "dkv", ... (docs/caches.md), with settings as "dual:refresh=4" or as an object of unmask.caches.
+    speculate: lossless self-speculation, "ssd" (arXiv 2510.04147), "freedave" (arXiv 2510.00294) or "auto": the tokens, order and end of the
+    plain run in fewer forwards; with settings as "ssd:tree=positions" (docs/speculate.md); or "s2d2" (arXiv 2603.25702), for block-causal
+    models, which verifies drafts with the model itself at block size 1 and is not lossless (docs/speculate-s2d2.md). draft: nodes that a forward verifies per row, itself
+    among them (default 4, with "auto" at most 8); 1 is the plain run.
     seed: one integer, row i uses hash(seed, i); seeds: one per row instead. eos_stop: end a row, and cut it, at its first EOS;
     "block" ends it only where a block ends.
     stop: a string or up to 16 strings that end and cut the text. chat: the prompt is a user message or a list of messages.
@@ -82,6 +87,8 @@ class Settings:
     negative_prompt: Any = None
     soft_masks: SoftMasks | None = None
     cache: str | CacheRule | None = None
+    speculate: str | Method | S2D2 | None = None
+    draft: int | None = None
     seed: int = 0
     seeds: tuple[int, ...] | None = None
     eos_stop: bool | str = True
@@ -149,6 +156,12 @@ class Settings:
             raise SettingError(f"policy={self.policy!r} needs cache='none', got cache={str(cache)!r}: it changes tokens whose K/V a cache would keep")
         if cache is not None and not cache.every_position and self.schedule != "fixed":
             raise SettingError(f"cache={str(cache)!r} needs schedule='fixed', got {self.schedule!r}: it does not forward every position when a block opens")
+        if self.speculate is not None:
+            read_method(self.speculate)
+        if self.draft is not None:
+            if self.method is None or isinstance(self.method, S2D2):
+                raise SettingError("draft is for speculate='ssd', 'freedave' or 'auto'; leave it out, or give speculate")
+            integer("draft", self.draft, 1, MAX_NODES)
         integer("seed", self.seed, -(1 << 63), (1 << 64) - 1)
         for i, s in enumerate(self.seeds or ()):
             integer(f"seeds[{i}]", s, 0, (1 << 63) - 1)
@@ -183,6 +196,16 @@ class Settings:
             return None
         weight = float(self.cfg_scale) + (1.0 if self.cfg_convention == "llada" else 0.0)
         return None if weight == 1.0 else weight
+
+    @property
+    def method(self) -> Method | S2D2 | None:
+        """The way of speculation, None: none."""
+        return None if self.speculate is None else read_method(self.speculate)
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that a forward verifies per row, at most."""
+        return self.draft if self.draft is not None else 8 if isinstance(self.method, Auto) else 4
 
     def _policy(self, suppress: tuple[int, ...], drops: tuple[int, ...]) -> Policy:
         return Policy(
@@ -281,6 +304,12 @@ class Settings:
         if self.schedule != "adablock":
             for name in ("delimiters", "delimiter_threshold", "delimiter_window"):
                 del values[name]
+        if self.method is None:
+            del values["speculate"], values["draft"]
+        else:
+            values["speculate"], values["draft"] = str(self.method), self.nodes
+            if isinstance(self.method, S2D2):
+                del values["draft"]
         cache = self.cache_for(model.config)
         values["block_size"], values["cache"] = self.block_length(model.config), str(cache)
         exact = cache.exact(model.config)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..decode.values import as_integer, integer
 from ..errors import SettingError
 from ..result import Result
+from ..values import as_integer, integer
 from .records import read_records
 
 

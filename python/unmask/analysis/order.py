@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ..decode.values import as_integer, integer
 from ..errors import SettingError
+from ..values import as_integer, integer
 from .records import read_records
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..decode.values import as_integer
 from ..errors import SettingError
 from ..result import Result
+from ..values import as_integer
 
 
 def read_records(source: Any) -> list[Mapping[str, Any]]:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from ..decode.values import integer, number
 from ..errors import SettingError, check_names
+from ..values import integer, number
 from .answers import clusters, intermediate_answers
 
 _MAX_ALPHA = 500.0  # e^500 times any number of steps is still a double

@@ -15,9 +15,9 @@ from ..decode.engine import Commit, Engine
 from ..decode.policy import Policy
 from ..decode.schedule import AlignedBlocks
 from ..decode.state import DecodeState, Row
-from ..decode.values import integer, number
 from ..errors import SettingError
 from ..models.model import Model
+from ..values import integer, number
 from ._loop import LONGEST, _check_native, check_prompt
 
 

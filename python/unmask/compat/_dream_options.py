@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ..decode.policy import MAX_TEMPERATURE, Policy
-from ..decode.values import integer, number
 from ..errors import SettingError, check_names
 from ..models.model import Model
+from ..values import integer, number
 from . import _loop
 
 DEFAULTS: dict[str, Any] = dict(

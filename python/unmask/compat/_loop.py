@@ -13,9 +13,9 @@ from ..decode.module_cache import CachedModule, LLaDACalls, check_cacheable
 from ..decode.policy import MAX_TEMPERATURE, Policy
 from ..decode.schedule import FixedBlocks
 from ..decode.state import DecodeState, Row
-from ..decode.values import integer, number
 from ..errors import SettingError, check_names
 from ..models.model import Model, check_ids
+from ..values import integer, number
 
 LONGEST = 1 << 20  # positions and steps; more is a mistake, not a request
 REMASKING = {"low_confidence": "confidence", "random": "random"}

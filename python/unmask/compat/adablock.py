@@ -20,8 +20,8 @@ import torch
 
 from ..decode.policy import Policy
 from ..decode.schedule import AdaBlock, FixedBlocks
-from ..decode.values import integer, number
 from ..errors import SettingError
+from ..values import integer, number
 from . import _loop
 from ._dream_options import DreamModelOutput, Options, block_size, flag
 from .dream import _prepare

@@ -14,8 +14,8 @@ import torch
 
 from ..decode.policy import Policy
 from ..decode.schedule import FixedBlocks
-from ..decode.values import number
 from ..errors import SettingError
+from ..values import number
 from . import _loop
 
 

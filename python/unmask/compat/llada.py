@@ -6,11 +6,11 @@ import torch
 
 from ..decode.policy import Policy
 from ..decode.schedule import FixedBlocks
-from ..decode.values import number
 from ..errors import SettingError
 from ..likelihood import log_likelihood
 from ..likelihood.masks import check_samples
 from ..models.model import Model
+from ..values import number
 from . import _loop
 
 EOS_ID, EOT_ID = 126081, 126348  # LLaDA-8B's; the authors' code hard-codes them

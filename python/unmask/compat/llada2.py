@@ -8,7 +8,7 @@ import torch
 from ..decode.engine import Commit
 from ..decode.policy import MAX_TEMPERATURE, Policy
 from ..decode.state import Row
-from ..decode.values import integer, number
+from ..values import integer, number
 from . import _blocks
 
 

@@ -11,9 +11,9 @@ from ..decode.engine import Commit
 from ..decode.policy import MAX_TEMPERATURE, Policy, quota_schedule
 from ..decode.rules.base import StepView
 from ..decode.state import Row
-from ..decode.values import integer, number
 from ..errors import SettingError, check_names
 from ..ops import LogitStats
+from ..values import integer, number
 from . import _blocks
 
 STRATEGIES = ("low_confidence_dynamic", "low_confidence_static", "sequential")

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError, check_names
+from ..values import as_integer, integer, number, plain
 from .table import KNOBS, NEGATIVE_SCORES, POLICIES, RULES, SCORES, UNIT_SCORES, RuleSpec, owners
-from .values import as_integer, integer, number, plain
 
 if TYPE_CHECKING:
     from .rules.base import Rule, Run

@@ -19,7 +19,7 @@ import torch
 
 from ..errors import SettingError
 from ..ops import LogitStats
-from .values import integer, number
+from ..values import integer, number
 
 if TYPE_CHECKING:
     from .rules.base import StepView

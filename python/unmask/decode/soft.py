@@ -15,7 +15,7 @@ import torch
 
 from ..errors import SettingError
 from ..ops.logit_stats import TOPK_MAX
-from .values import integer, number
+from ..values import integer, number
 
 if TYPE_CHECKING:
     from ..models.backbone import Forward

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import SettingError, check_names
-from .values import integer, number
+from ..values import integer, number
 
 SCORES = ("confidence", "margin", "entropy", "random", "leftmost", "pc")
 UNIT_SCORES = ("confidence", "margin", "random")

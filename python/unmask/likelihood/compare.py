@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..decode.values import integer
 from ..errors import SettingError
+from ..values import integer
 from .estimate import Estimate, _shown, check_masks, weighted
 from .masks import LONGEST, Masks
 from .scorer import check_cfg, check_range, masked_log_probs, scorer_of

@@ -7,8 +7,8 @@ import math
 
 import torch
 
-from ..decode.values import integer
 from ..errors import SettingError, check_names
+from ..values import integer
 from .masks import ESTIMATORS, LONGEST, Masks, chain_masks, check_samples, check_seed, sample_masks
 from .scorer import check_cfg, check_sequence, masked_log_probs, read_ids, scorer_of
 

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 import torch
 
 from ..decode.state import row_seeds
-from ..decode.values import integer, number
 from ..errors import SettingError, check_names
 from ..ops import uniform
+from ..values import integer, number
 
 ESTIMATORS = ("llada", "dream", "ar")
 LONGEST = 1 << 20  # positions and samples; more is a mistake, not a request

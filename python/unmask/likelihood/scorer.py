@@ -17,13 +17,13 @@ import torch
 
 from .. import ops
 from ..decode.backend import _logits_of
-from ..decode.values import integer, number
 from ..errors import InvalidLogits, SettingError
 from ..models.backbone import KVCache, full_forward
 from ..models.foreign import _field
 from ..models.model import Model
 from ..ops import LogitStats, Status
 from ..ops.head_stats import head_stats
+from ..values import integer, number
 from .masks import LONGEST, Masks
 
 TOKENS = 8192  # of one forward; products gain nothing from more

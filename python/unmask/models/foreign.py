@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..decode.values import as_integer
 from ..errors import CheckpointError, SettingError, check_names
+from ..values import as_integer
 from .config import BLOCK_LIMIT, Visibility, detect_family, family_module, number_problems, shown
 from .probe import shift_of
 from .tokenizer import Tokenizer

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from .. import ops
-from ..decode.values import integer, number
 from ..errors import SettingError
+from ..values import integer, number
 
 if TYPE_CHECKING:
     from ..decode.policy import Policy

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ..decode.values import as_integer, integer
 from ..errors import SettingError
 from ..models.config import shown
 from ..result import Result
+from ..values import as_integer, integer
 from .pieces import TokenizerLike, check_tokenizer, decode_all, encode_piece
 from .schema import DEFAULT_BUDGET, Field, Tree, fields, pieces, read_schema
 from .values import describe, problem, value_of

@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..decode.values import integer
 from ..errors import SettingError, check_names
 from ..models.config import shown
+from ..values import integer
 from .pieces import MAX_POSITIONS
 
 DEFAULT_BUDGET = 16  # of the authors' code

@@ -11,9 +11,9 @@ from ...decode.caches import Cache, CacheRule, CacheRun, Dual, attention_block, 
 from ...decode.engine import Commit
 from ...decode.policy import MAX_TEMPERATURE, Policy
 from ...decode.state import Row
-from ...decode.values import integer, number
 from ...errors import SettingError
 from ...speculate.acceptance import Transform
+from ...values import integer, number
 from .. import _blocks
 from ..fast_dllm_v2 import Output, _new_tokens
 from . import _run

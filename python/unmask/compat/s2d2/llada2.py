@@ -9,8 +9,8 @@ import torch
 from ...decode.engine import Commit
 from ...decode.policy import MAX_TEMPERATURE, Policy
 from ...decode.state import Row
-from ...decode.values import integer, number
 from ...speculate.acceptance import Transform
+from ...values import integer, number
 from .. import _blocks
 from ..llada2 import _OneMore
 from . import _run

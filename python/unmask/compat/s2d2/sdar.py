@@ -9,9 +9,9 @@ import torch
 from ...decode.engine import Commit
 from ...decode.policy import quota_schedule
 from ...decode.state import Row
-from ...decode.values import integer
 from ...errors import check_names
 from ...speculate.acceptance import Transform
+from ...values import integer
 from .. import _blocks
 from ..sdar import GREEDY, STRATEGIES, _policy
 from . import _run

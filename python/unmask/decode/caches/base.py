@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ...errors import SettingError
-from ..values import integer, number
+from ...values import integer, number
 
 if TYPE_CHECKING:
     from ...models.backbone import LayerRunner

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..values import number
+from ...values import number
 from .base import CacheRule, CacheRun, Runs
 from .settled import GIVEN, NEVER, SettledCache
 

@@ -8,7 +8,7 @@ import operator
 
 import torch
 
-from ..errors import SettingError
+from .errors import SettingError
 
 
 def number(name: str, value: object, low: float, high: float, *, open_low: bool = False, finite: bool = True) -> float:
