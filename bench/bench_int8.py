@@ -14,8 +14,7 @@ copies of the weight that fill 256 MB (at least two), so that each call reads it
 | linear_dynamic | int8, FBGEMM's layout (`quantized.linear_dynamic`) | one 8-bit scale for all rows: a row's bits depend on its batch |
 | fp16 | fp16, FBGEMM's layout (`quantized.linear_dynamic_fp16`) | fp32 |
 
-onednn.qlinear_pointwise is left out: 200 to 2000 times the time of the packed product for signed activations. torchao 0.18's int8
-weight-only linears call `_weight_int8pack_mm` or dequantise in every call.
+onednn.qlinear_pointwise is left out: 200 to 2000 times the time of the packed product for signed activations. torchao was not tried.
 """
 
 from __future__ import annotations

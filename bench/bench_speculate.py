@@ -109,7 +109,8 @@ def verify(model: Model, nodes: int, length: int, block: int, tree: bool) -> Ste
 def rows_alone(model: Model, rows: int, length: int, block: int) -> Step:
     s = state(rows, length, block, model.config.mask_id)
     first = s.rows[0].block_start
-    return Step(model, s, NativeBackend(model, s, model.config.mask_id), make_plan(s, tuple((j, first, first + block, first, first + block) for j in range(rows))))
+    plan = make_plan(s, tuple((j, first, first + block, first, first + block) for j in range(rows)))
+    return Step(model, s, NativeBackend(model, s, model.config.mask_id), plan)
 
 
 def costs(args: argparse.Namespace, model: Model, **measured) -> tuple[list[dict], float]:
@@ -157,7 +158,8 @@ def memory(args: argparse.Namespace) -> list[dict]:
         n = extra.get("draft", 1)
         out.append({
             "run": name, "prompt": args.memory_length, "peak growth MB": grown[name], "more than plain MB": grown[name] - grown["plain"],
-            "K/V of the row MB": kv * (args.memory_length + 16), "N - 1 windows MB": kv * 16 * (n - 1), "N - 1 copies would be MB": kv * args.memory_length * (n - 1),
+            "K/V of the row MB": kv * (args.memory_length + 16), "N - 1 windows MB": kv * 16 * (n - 1),
+            "N - 1 copies would be MB": kv * args.memory_length * (n - 1),
         })  # fmt: skip
     return out
 
@@ -187,11 +189,14 @@ def main() -> None:
     golden = [r for r in saved_rows if r["model"] != "tiny"]
     load = f"load when done {os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else ""
     notes = [
-        f"forwards on tiny at N = 4 (ssd and freedave, dual cache): at least {least:.2f} times fewer, wanted {WANTED_NFE}: {'reached' if least >= WANTED_NFE else 'missed'}",
-        f"golden checkpoints: NFE never higher {all(r['ratio'] >= 1 for r in golden)}, mean accepted length above 1 {all(r['mean accepted length'] > 1 for r in golden)}",
+        f"forwards on tiny at N = 4 (ssd and freedave, dual cache): at least {least:.2f} times fewer, wanted {WANTED_NFE}: "
+        + ("reached" if least >= WANTED_NFE else "missed"),
+        f"golden checkpoints: NFE never higher {all(r['ratio'] >= 1 for r in golden)}, "
+        f"mean accepted length above 1 {all(r['mean accepted length'] > 1 for r in golden)}",
         f"verifying N candidates: at most {worst:.2f} times a forward of as many rows, wanted {WANTED_COST}: {'reached' if worst <= WANTED_COST else 'missed'}",
         "mean accepted length: plain steps that a forward makes; rows forwarded: positions, over those of the plain run",
-        f"costs: d {args.width}, {args.layers} layers, vocabulary {args.vocab}, rows of {args.length}, blocks of {args.block}, fp32, {args.threads} threads, medians; {load}",
+        f"costs: d {args.width}, {args.layers} layers, vocabulary {args.vocab}, rows of {args.length}, blocks of {args.block}, "
+        f"fp32, {args.threads} threads, medians; {load}",
         "K/V MB: of the cache that verifies N nodes of one row; of N rows: of the cache in which each has its own",
     ]
     report.write(

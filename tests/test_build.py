@@ -109,6 +109,7 @@ def test_without_torch_cmake_stops_with_the_two_commands(tmp_path):
         ("-DUNMASK_CUDA=YES", "UNMASK_CUDA must be AUTO, ON or OFF, got YES"),
         ("-DUNMASK_CUDA_ARCHS=80;75", "must list architectures from 80 up, such as 80;89;90a;100;120, got 75"),
         ("-DUNMASK_CUDA=ON -DCMAKE_CUDA_COMPILER=NOTFOUND", "no nvcc was found; put nvcc on PATH"),
+        ("-DUNMASK_ONLY_ISA=sse", "UNMASK_ONLY_ISA must be one of portable"),
     ],
 )
 def test_wrong_options_are_named(tmp_path, option, words):

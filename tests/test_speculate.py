@@ -23,8 +23,9 @@ from unmask.speculate.methods import REFUSED_RULES, SERVED_RULES, SSD, STATIC_RU
 
 CAUSAL = dict(visibility="block_causal", block_size=12)
 EXPERTS = Experts(
-    layers=(1,), n_experts=4, top_k=2, expert_dim=24, shared_dim=16, scoring="sigmoid", selection_bias=True, n_groups=1, kept_groups=1, normalized=True, scale=1.0
-)
+    layers=(1,), n_experts=4, top_k=2, expert_dim=24, shared_dim=16, scoring="sigmoid", selection_bias=True, n_groups=1, kept_groups=1, normalized=True,
+    scale=1.0,
+)  # fmt: skip
 SHAPES = {
     "llada": dict(), "one layer": dict(n_layers=1), "dream": dict(n_kv_heads=2, qkv_bias=True, shifted=True),
     "moe": dict(n_kv_heads=2, experts=EXPERTS),
@@ -293,7 +294,8 @@ def jobs(draw):
     new = draw(st.integers(1, 24))
     eos = draw(st.sampled_from((False, True, "block")))
     rows = draw(st.lists(st.lists(st.integers(0, 60), max_size=9), min_size=1, max_size=3))
-    settings = dict(policy, cache=cache, block_size=size, max_new_tokens=new, eos_stop=eos, seeds=draw(st.lists(st.integers(0, 1 << 40), min_size=len(rows), max_size=len(rows))))
+    seeds = draw(st.lists(st.integers(0, 1 << 40), min_size=len(rows), max_size=len(rows)))
+    settings = dict(policy, cache=cache, block_size=size, max_new_tokens=new, eos_stop=eos, seeds=seeds)
     if settings.get("steps") is not None:
         settings["steps"] = 32
     return shape, draw(st.integers(0, 5)), rows, method, draw(st.integers(1, 8)), settings
@@ -377,7 +379,8 @@ def test_candidates_are_more_query_rows(monkeypatch):
     sizes = []
     stats = NativeBackend.stats
     monkeypatch.setattr(NativeBackend, "stats", lambda self, plan, *a, **k: sizes.append(plan.sizes) or stats(self, plan, *a, **k))
-    (result,) = unmask.generate(model("llada"), [list(range(40))], max_new_tokens=8, block_size=8, cache="dual", policy="quota", eos_stop=False, speculate="ssd")
+    settings = dict(max_new_tokens=8, block_size=8, cache="dual", policy="quota", eos_stop=False)
+    (result,) = unmask.generate(model("llada"), [list(range(40))], speculate="ssd", **settings)
     assert len(sizes) == result.nfe and sum(map(sum, sizes)) == result.rows_forwarded
     assert sizes[0] == [48] and set(sizes[1]) == {8} and max(map(len, sizes)) == 4
 
