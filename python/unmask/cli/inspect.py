@@ -9,7 +9,7 @@ from typing import Any
 
 from .options import fail
 
-SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8"}
 
 
 def run(args: argparse.Namespace) -> int:

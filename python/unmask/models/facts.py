@@ -20,7 +20,7 @@ def describe(info: CheckpointInfo) -> dict[str, Any]:
 
     folder, family, stored_dtype, n_files, stored_bytes; config: the sizes and ids (see ModelConfig; `experts`: None for a dense model);
     parameters: total, and active (those that a token goes through); weight_bytes: dtype -> bytes of all tensors in it, each once (a
-    router stays float32); kv_bytes_per_token: dtype -> bytes of K and V of one token in all layers; max_positions: longest sequence that
+    router stays float32; "int8": as weights="int8" keeps them beside bfloat16); kv_bytes_per_token: dtype -> bytes of K and V of one token in all layers; max_positions: longest sequence that
     the model was made for, in tokens.
     """
     c = info.config
@@ -32,7 +32,7 @@ def describe(info: CheckpointInfo) -> dict[str, Any]:
         "stored_bytes": info.n_bytes,
         "config": _sizes(c),
         "parameters": {"total": info.n_parameters, "active": c.n_active_parameters},
-        "weight_bytes": {dtype: loaded_bytes(info, dtype, "plain") for dtype in ITEM_BYTES},
+        "weight_bytes": {**{dtype: loaded_bytes(info, dtype, "plain") for dtype in ITEM_BYTES}, "int8": loaded_bytes(info, "bfloat16", "int8")},
         "kv_bytes_per_token": {dtype: 2 * c.n_layers * c.n_kv_heads * c.head_dim * size for dtype, size in ITEM_BYTES.items()},
         "max_positions": c.max_positions,
     }
@@ -40,18 +40,20 @@ def describe(info: CheckpointInfo) -> dict[str, Any]:
 
 def loaded_bytes(info: CheckpointInfo, dtype: str, format: str) -> int:
     """Bytes of the weights once they are loaded in `dtype` with linear weights kept in `format` (see unmask.ops.linear): packed_fp32 keeps
-    those in 4 bytes, and a head that is tied to the embedding is packed beside it.
+    those in 4 bytes, int8 in one and a scale for each row, and a head that is tied to the embedding is packed beside it.
 
     Raises SettingError for another dtype than float32, bfloat16 and float16.
     """
     check_names("dtype", [dtype], ITEM_BYTES)
     item = ITEM_BYTES[dtype]
-    product = 4 if format == "packed_fp32" else item
+    product = {"packed_fp32": 4, "int8": 1}.get(format, item)
     total = 0
     for name, tensor in info.tensors.items():
         short = name.rpartition(".")[2]
         size = 4 if short in FP32_NAMES else item if short.endswith(_SMALL) else product
         total += size * math.prod(tensor.shape)
+        if format == "int8" and size == 1:
+            total += 4 * math.prod(tensor.shape[:-1])  # a scale for each row
     if info.config.tied_head and format != "plain":
         total += product * info.config.vocab_size * info.config.d_model
     return total
