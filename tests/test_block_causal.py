@@ -306,7 +306,7 @@ def test_stream_is_generate():
     [
         (dict(block_size=3), "divisor or a multiple of the model's 8, got 3"),
         (dict(block_size=12), "divisor or a multiple of the model's 8, got 12"),
-        (dict(cache="prefix"), "none, block, dual for a block-causal model, got 'prefix'"),
+        (dict(cache="prefix"), "none, block, dual, sprint for a block-causal model, got 'prefix'"),
         (dict(schedule="adablock", delimiters=[3]), "schedule='adablock' needs a bidirectional model"),
         (dict(schedule="daedal", max_new_tokens=32), "schedule='daedal' needs a bidirectional model"),
         (dict(policy="wino"), "policy='wino' needs a bidirectional model"),
@@ -323,7 +323,7 @@ def test_what_does_not_fit_is_refused_before_a_forward(options, words):
     finally:
         handle.remove()
     assert words in str(caught.value)
-    with pytest.raises(SettingError, match="none, prefix, dual for a bidirectional model, got 'block'"):
+    with pytest.raises(SettingError, match="dllm, elastic for a bidirectional model, got 'block'"):
         unmask.generate(make(), [1, 2, 3], cache="block")
 
 

@@ -17,7 +17,7 @@ import golden_runs
 import unmask
 from golden_runs import FAMILIES, GOLDEN, RUNS
 from random_models import make, prompts
-from unmask.caches import D2, DLLM, Elastic
+from unmask.caches import D2, DLLM, CacheRule, Elastic
 from unmask.decode.backend import NativeBackend
 from unmask.decode.caches import _layers, d2, dllm, elastic
 from unmask.errors import SettingError
@@ -139,11 +139,11 @@ def told(results) -> list[tuple]:
 
 
 @st.composite
-def canvases(draw):
+def canvases(draw, new: int = 14):
     """Ragged prompts, empty ones too, with a region behind them in which some tokens are given, the mask token among them."""
     hole = st.sampled_from([None] * 5 + [7, 60])
     return [
-        [*draw(st.lists(st.integers(0, 58), max_size=10)), None, *draw(st.lists(hole, min_size=1, max_size=14))]
+        [*draw(st.lists(st.integers(0, 58), max_size=10)), None, *draw(st.lists(hole, min_size=1, max_size=new))]
         for _ in range(draw(st.integers(1, 3)))
     ]
 
@@ -191,7 +191,7 @@ def test_what_is_exact():
 def test_the_first_step_is_exact(data):
     """It takes everything; only Elastic's and d2Cache's later steps, and dLLM-Cache's, differ."""
     model = random(data.draw(st.sampled_from(sorted(LAYOUTS))), 3, data.draw(st.integers(0, 5)))
-    rows, rule = data.draw(canvases()), data.draw(st.sampled_from(APPROXIMATE))
+    rows, rule = data.draw(canvases(new=8)), data.draw(st.sampled_from(APPROXIMATE))
     settings = dict(block_size=data.draw(st.integers(1, 9)), trace=True, **data.draw(st.sampled_from([dict(threshold=0.4), dict(policy="quota")])))
     cached, plain = unmask.infill(model, rows, cache=rule, **settings), unmask.infill(model, rows, **settings)
     assert [trace(r)[0] for r in cached] == [trace(r)[0] for r in plain]
@@ -203,7 +203,7 @@ def test_a_row_in_a_batch_is_the_row_alone(data):
     """Tokens, order, scores and work, bit for bit; with rows that stand in different blocks and leave at different times."""
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
     model = random(data.draw(st.sampled_from(sorted(LAYOUTS))), 3, data.draw(st.integers(0, 5)), dtype)
-    rows, rule = data.draw(canvases()), data.draw(st.sampled_from(APPROXIMATE))
+    rows, rule = data.draw(canvases(new=8)), data.draw(st.sampled_from(APPROXIMATE))
     settings = dict(cache=rule, block_size=data.draw(st.integers(1, 9)), trace=True, **data.draw(st.sampled_from(POLICIES)))
     batch = unmask.infill(model, rows, seeds=[5 + i for i in range(len(rows))], **settings)
     alone = [unmask.infill(model, row, seeds=[5 + i], **settings) for i, row in enumerate(rows)]
@@ -211,15 +211,19 @@ def test_a_row_in_a_batch_is_the_row_alone(data):
     assert [(r.rows_forwarded, [t["rows"] for t in r.trace]) for r in batch] == [(r.rows_forwarded, [t["rows"] for t in r.trace]) for r in alone]
 
 
+@functools.cache
+def sixteen_tokens(layout: str, seed: int, rule=None):
+    settings = dict(max_new_tokens=16, block_size=8, policy="quota", eos_stop=False)
+    return unmask.generate(random(layout, 3, seed), prompts(4, seed=2, low=3), cache=rule, **settings)
+
+
 @pytest.mark.parametrize("rule", APPROXIMATE, ids=str)
 def test_they_do_something(rule):
     """Approximate settings change what later steps see, so over several models some token differs from no cache's; and they cost less."""
-    rows, differs, work = prompts(4, seed=2, low=3), False, []
+    differs, work = False, []
     for layout in LAYOUTS:
-        for seed in range(3):
-            model = random(layout, 3, seed)
-            settings = dict(max_new_tokens=16, block_size=8, policy="quota", eos_stop=False)
-            cached, plain = unmask.generate(model, rows, cache=rule, **settings), unmask.generate(model, rows, **settings)
+        for seed in range(2):
+            cached, plain = sixteen_tokens(layout, seed, rule), sixteen_tokens(layout, seed)
             differs |= [r.canvas for r in cached] != [r.canvas for r in plain]
             work += [c.rows_forwarded / p.rows_forwarded for c, p in zip(cached, plain, strict=True)]
     assert differs
@@ -479,7 +483,7 @@ def test_what_elastic_forwards(layout):
     ("d2:sigma=0", "sigma"), ("d2:sigma=-3", "sigma"), ("d2:inflate_w=-1", "inflate_w"), ("d2:refresh=-1", "refresh"), ("d2:k=3", "current_k"),
     ("dllm:ratio=2", "ratio"), ("dllm:ratio=-0.1", "ratio"), ("dllm:prompt_every=0", "prompt_every"), ("dllm:response_every=0", "response_every"),
     ("dllm:phase=-1", "phase"), ("elastic:window=0", "window"), ("elastic:threshold=-1", "threshold"), ("elastic:threshold=inf", "threshold"),
-    ("elastic:window", "window"),
+    ("elastic:window", "window"), ("d2:current_k=3,sigma=2,current_k=4", "current_k is given twice"), (CacheRule(), "cache must be a name .*, got CacheRule"),
 ])  # fmt: skip
 def test_settings_out_of_range_are_refused(cache, named):
     with pytest.raises(SettingError, match=named):

@@ -123,7 +123,10 @@ def test_what_is_exact():
 # --- the published loops -------------------------------------------------------------------------------------------------------------------------
 
 
-FAMILIES = {"llada": (llada_family, {}), "dream": (dream_family, {}), "sdar": (sdar_family, dict(block_size=4))}
+FAMILIES = {
+    "llada": (llada_family, dict(n_layers=2)), "dream": (dream_family, dict(num_hidden_layers=2)),
+    "sdar": (sdar_family, dict(block_size=4, num_hidden_layers=2)),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +138,8 @@ def checked(tmp_path_factory):
         module, changes = FAMILIES[name]
         family = Family.golden(module, name, dict(mask_token_id=383) if name == "sdar" else None)
         folder = tmp_path_factory.mktemp(name)
-        model = build_from(family.write(folder, family.random(changes, std=0.3), **changes))
+        # probabilities far apart: fewer examples are dropped because two of them are nearly equal
+        model = build_from(family.write(folder, family.random(changes, std=0.5), **changes))
         return model, stale_model.Weights(load(folder), model.config)
 
     return build
@@ -202,7 +206,7 @@ def test_sprint_is_its_description(checked, data):
     size = 4 if name == "sdar" else data.draw(st.integers(2, 9))
     knobs = dict(
         keep_ratio=data.draw(st.sampled_from([0.0, 0.3, 0.5, 0.8, 1.0])), alpha=data.draw(st.sampled_from([0.0, 0.5, 1.0])),
-        warmup_steps=data.draw(st.integers(1, 3)), layer=data.draw(st.integers(-1, 2)),
+        warmup_steps=data.draw(st.integers(1, 3)), layer=data.draw(st.integers(-1, 1)),
     )  # fmt: skip
     policy = data.draw(st.sampled_from([dict(threshold=0.3), dict(threshold=0.15)]))
     against_the_loop(checked, name, Sprint(**knobs), lambda: stale_model.Sprint(**knobs), rows, size, policy)
@@ -288,10 +292,15 @@ def test_sprint_that_keeps_everything_is_the_prefix_cache(layout, policy):
 CAUSAL = {"plain": {}, "qk_norm": dict(qk_norm=True, n_kv_heads=2), "shifted": dict(shifted=True, qkv_bias=True)}
 
 
+@functools.cache
+def causal(shape: str, block: int, seed: int):
+    return make(seed=seed, n_layers=2, visibility="block_causal", block_size=block, **CAUSAL[shape])
+
+
 @given(st.data())
 def test_sprint_that_keeps_everything_is_the_block_cache(data):
     shape, block = data.draw(st.sampled_from(sorted(CAUSAL))), data.draw(st.sampled_from([4, 8]))
-    model = make(seed=data.draw(st.integers(0, 3)), n_layers=3, visibility="block_causal", block_size=block, **CAUSAL[shape])
+    model = causal(shape, block, data.draw(st.integers(0, 3)))
     rows = prompts(data.draw(st.integers(1, 2)), seed=data.draw(st.integers(0, 9)))
     shared = dict(max_new_tokens=data.draw(st.integers(1, 12)), block_size=data.draw(st.sampled_from([block // 2, block, 2 * block])), trace=True)
     shared |= data.draw(st.sampled_from([dict(threshold=0.4), dict(policy="quota"), dict(policy="edit", threshold=0.4, edit_threshold=0.4)]))

@@ -32,7 +32,7 @@ def default_cache(visibility: str) -> str:
 
 def read_cache(given: object) -> CacheRule:
     """A cache as a setting gives it: a CacheRule, a name, or "name:setting=value,...". Raises SettingError."""
-    if isinstance(given, CacheRule):
+    if isinstance(given, CacheRule) and hasattr(given, "name"):  # not the class that all rules derive from
         return given
     if isinstance(given, str):
         return from_text(given, CACHES)

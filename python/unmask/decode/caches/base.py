@@ -151,6 +151,8 @@ def from_text(text: str, kinds: Mapping[str, type[CacheRule]]) -> CacheRule:
         if not equals or key not in fields:
             allowed = ", ".join(fields) or "none: it has no settings"
             raise SettingError(f"cache={text!r}: expected {name}:setting=value,... with settings {allowed}, got {part!r}")
+        if key in values:
+            raise SettingError(f"cache={text!r}: {key} is given twice; give it once")
         values[key] = _value(text, key, value, fields[key].default)
     return kinds[name](**values)
 
