@@ -467,3 +467,21 @@ def test_shapes_are_what_they_say():
     for shape, changes in SHAPES.items():
         config = model(shape, 8).config
         assert config.visibility == "block_causal" and dataclasses.asdict(config).items() >= changes.items()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_variant_leaves_finished_blocks_exact(seed):
+    model = make(seed, visibility="block_causal", block_size=4, shifted=True)
+    runs = [unmask.generate(model, [1, 2, 3], policy="quota", variant="d2cache", cache=c, max_new_tokens=16, eos_stop=False) for c in ("block", "none")]
+    assert runs[0].ids == runs[1].ids and runs[0].exact
+
+
+def test_a_variant_is_not_exact_on_one_layer():
+    one = make(n_layers=1, shifted=True, qkv_bias=True)
+    assert not unmask.generate(one, [1, 2], policy="quota", variant="d2cache", cache="dual", max_new_tokens=4).exact
+    assert unmask.generate(one, [1, 2], policy="quota", cache="dual", max_new_tokens=4).exact
+
+
+def test_daedal_counts_what_it_forwards():
+    result = unmask.generate(make(), [1, 2, 3], schedule="daedal", max_new_tokens=16, initial_tokens=4, trace=True)
+    assert result.rows_forwarded == sum(record["rows"] for record in result.trace) >= 7 * result.nfe

@@ -654,6 +654,13 @@ def test_hostile_options(options, words):
     assert read_options(None).settings() == Options().settings() == read_options({}).settings()
 
 
+def test_a_tempering_of_zero_accepts_every_draft():
+    """(q / p)^0 is 1. The op's exponent is above 0: it had refused this option's value in the middle of a run."""
+    for shape in ("sdar", "v2"):
+        result = unmask.generate(model(shape, 4), [1, 2], max_new_tokens=10, policy="sdar_dynamic", eos_stop=False, speculate="s2d2:tempering=0")
+        assert result.accepted == result.drafted > 0 and MASK not in result.canvas
+
+
 def test_what_a_verifier_cannot_serve_is_refused():
     m = model("sdar", 8)
     e = engine(m, [[1]], 7)

@@ -19,7 +19,16 @@ from unmask.decode.table import RULES
 from unmask.models.config import Experts
 from unmask.models.model import Model
 from unmask.speculate import auto
-from unmask.speculate.methods import REFUSED_RULES, SERVED_RULES, SSD, STATIC_RULES, FreeDave, read_method
+from unmask.speculate.methods import (
+    REFUSED_RULES,
+    S2D2,
+    SERVED_RULES,
+    SSD,
+    STATIC_RULES,
+    FreeDave,
+    Method,
+    read_method,
+)
 
 CAUSAL = dict(visibility="block_causal", block_size=12)
 EXPERTS = Experts(
@@ -422,6 +431,29 @@ def test_invalid_logits_of_a_node_that_does_not_count_are_nothing():
     assert b[1].accepted > 0
 
 
+def test_invalid_logits_of_a_draft_beside_a_row_that_opens_an_adaptive_block():
+    """Tokens that only rejected drafts hold carry NaN. A block's opening forward reports invalid logits early; drafts of other rows are in it too."""
+    rows, tried = prompts(3, seed=2), 0
+    settings = dict(schedule="adablock", delimiters=list(range(0, 59, 3)), delimiter_threshold=0.2, delimiter_window=0.5, threshold=0.9)
+    settings |= dict(max_new_tokens=24, block_size=6, eos_stop=False)
+    drafting = dict(speculate="ssd:tree=tokens", draft=6)
+    for shape in ("llada", "dream"):
+        for seed in (4, 5):
+            plain, seen = unmask.generate(model(shape, seed), rows, **settings), set()
+            handle = model(shape, seed).register_forward_hook(lambda _, args, __, seen=seen: seen.update(args[0].ids.tolist()))
+            try:
+                unmask.generate(model(shape, seed), rows, **drafting, **settings)
+            finally:
+                handle.remove()
+            for token in sorted(seen - {t for r in plain for t in r.canvas} - {60}):
+                poisoned = make(seed=seed, **SHAPES[shape])
+                poisoned.backbone.embed[token] = float("nan")
+                fast = unmask.generate(poisoned, rows, **drafting, **settings)
+                assert [(r.canvas, r.nfe + r.accepted) for r in fast] == [(r.canvas, r.nfe) for r in plain]
+                tried += 1
+    assert tried >= 4
+
+
 def test_thread_count_does_not_change_a_bit(threads):
     results = []
     for n in (1, 2):
@@ -444,6 +476,7 @@ def test_every_rule_is_served_or_refused_with_a_reason():
     [
         (dict(speculate="sdd"), "unknown speculate 'sdd'; did you mean 'ssd'"),
         (dict(speculate=3), "speculate must be a name"),
+        (dict(speculate=Method()), "speculate must be a name"),
         (dict(speculate="ssd:tree=wide"), "unknown speculate: tree 'wide'"),
         (dict(speculate="ssd:trees=chain"), "expected ssd:setting=value,... with settings attention, tree; got 'trees=chain'"),
         (dict(speculate="freedave:tree=chain"), "with settings attention; got"),
@@ -461,6 +494,12 @@ def test_every_rule_is_served_or_refused_with_a_reason():
 def test_refusals(settings, message):
     with pytest.raises(unmask.SettingError, match=message):
         unmask.generate(model("llada"), [1, 2], **settings)
+
+
+def test_s2d2_reads_its_options_when_made():
+    assert str(S2D2({"mode": "greedy"})) == "s2d2:mode=greedy" and str(S2D2(None)) == "s2d2"  # type: ignore[arg-type]
+    with pytest.raises(unmask.SettingError, match="must be a mapping or an Options, got str"):
+        S2D2("greedy")  # type: ignore[arg-type]
 
 
 def test_a_module_is_refused():

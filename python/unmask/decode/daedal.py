@@ -172,10 +172,13 @@ class Daedal:
         return self._advance(step, d, list(zip(*facts, strict=True)))
 
     def _advance(self, step: StepView, d: _Decided, facts: list[tuple[int, ...]]) -> list[Commit]:
+        forwarded = self.backend.rows_forwarded(step.plan)
         commits = self._records(step, d, facts) if self.record else []
-        for row, (end, first, _, holds_eos, grows, _) in zip(step.rows, facts, strict=True):
+        commits = [dataclasses.replace(c, rows=n) for c, n in zip(commits, forwarded, strict=True)] if commits else commits
+        for row, n, (end, first, _, holds_eos, grows, _) in zip(step.rows, forwarded, facts, strict=True):
             row.nfe += 1
             row.step += 1
+            row.forwarded += n
             if not row.active:
                 continue
             measured, row.end = row.block == MEASURING, end

@@ -115,7 +115,9 @@ class Engine:
         self.backend.keep_logits = self.rule.wants_logits
         self._score = Score(run)
         self._soft = getattr(self.backend, "soft", None)
-        moved = self.shifted_window == "moved" or policy.knobs.get("variant") == "d2cache"
+        # d2Cache knows no block-causal models: there finished blocks stay exact, whatever the variant
+        ported = policy.knobs.get("variant") == "d2cache" and self.backend.attention_block is None
+        moved = self.shifted_window == "moved" or ported
         self._lag = 1 if self.backend.shifted and (moved or self.shifted_window == "extended") else 0
         self._cut = 1 if self.backend.shifted and moved else 0
         self._plans: dict[tuple, Plan] = {}

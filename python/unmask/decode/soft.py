@@ -106,8 +106,13 @@ class SoftState:
         amount = torch.where(fits, masks.weights(entropy, scale), 0.0)
         share = torch.softmax(stats.topk_logit, dim=1).nan_to_num(0.0)  # no candidate: -inf throughout
         weight = torch.cat([(1.0 - amount)[:, None], amount[:, None] * share], 1)
-        self.ids.view(-1, masks.k).index_copy_(0, step.flat, stats.topk_id.clamp_min(0))
-        self.weight.view(-1, masks.k + 1).index_copy_(0, step.flat, torch.where(fits[:, None], weight, self._plain(weight)))
+        ids, weight = stats.topk_id.clamp_min(0), torch.where(fits[:, None], weight, self._plain(weight))
+        if step.plan.reached is not None:  # what this forward left out keeps its last mix
+            left_out = (undecided & ~step.plan.reached)[:, None]
+            ids = torch.where(left_out, self.ids.view(-1, masks.k).index_select(0, step.flat), ids)
+            weight = torch.where(left_out, self.weight.view(-1, masks.k + 1).index_select(0, step.flat), weight)
+        self.ids.view(-1, masks.k).index_copy_(0, step.flat, ids)
+        self.weight.view(-1, masks.k + 1).index_copy_(0, step.flat, weight)
 
     @staticmethod
     def _plain(like: torch.Tensor) -> torch.Tensor:

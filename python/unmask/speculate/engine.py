@@ -167,6 +167,12 @@ class Speculative(Engine):
         assert [len(p) for p in paths] == found.length.tolist(), "a node was skipped: the rule's steps are not as long as their quota"
         return paths
 
+    def _report(self, step: StepView, stats: LogitStats, invalid: list[int]) -> None:
+        """From a forward in which an adaptive schedule opens a block: of the rows themselves. Whether another node counts is not known yet."""
+        own = [r.index < self.nodes.batch for r in step.rows]
+        status = torch.where(step.spread(torch.tensor(own, device=step.device)), stats.status, 0)
+        super()._report(step, stats._replace(status=status), [int(bad and mine) for bad, mine in zip(invalid, own, strict=True)])
+
     def _report_node(self, step: StepView, stats: LogitStats, entry: int, row: Row) -> None:
         """Invalid logits of a node that counts: raises, or ends the row as the plain run does."""
         mine = step.entry == entry

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..decode.caches import Block, CacheRule, Dual, NoCache, Prefix
 from ..errors import SettingError, check_names
-from .s2d2_options import OPTIONS, Options
+from .s2d2_options import OPTIONS, Options, read_options
 
 if TYPE_CHECKING:
     from ..decode.policy import Policy
@@ -76,6 +76,9 @@ class S2D2:
     options: Options = dataclasses.field(default_factory=Options)
     name: ClassVar[str] = "s2d2"
 
+    def __post_init__(self):
+        object.__setattr__(self, "options", read_options(self.options))
+
     def __str__(self) -> str:
         given = {k.name: getattr(self.options, k.name) for k in OPTIONS if getattr(self.options, k.name) != k.default}
         return self.name + (":" + ",".join(f"{n}={v}" for n, v in given.items()) if given else "")
@@ -87,7 +90,7 @@ NAMES = (*METHODS, S2D2.name)
 
 def read_method(given: object) -> Method | S2D2:
     """A method as the setting `speculate` gives it: "name" or "name:setting=value,...". Raises SettingError."""
-    if isinstance(given, Method | S2D2):
+    if isinstance(given, Method | S2D2) and type(given) is not Method:
         return given
     if not isinstance(given, str):
         raise SettingError(f"speculate must be a name ({', '.join(NAMES)}) or 'name:setting=value', got {given!r}")

@@ -220,7 +220,7 @@ class Speculation:
                 uniforms += self.draws.uniforms(row.index, row.nfe + 1, a.positions[: len(a.span)])
         if o.mode == "greedy":
             out = self._greedy(step, stats, asked, hidden, at, cu)
-        elif self._clean and not self.transform.filters:
+        elif self._clean and not self.transform.filters and self.asked.tempering > 0:  # the op's exponent is above 0
             out = self._by_op(step, stats, asked, hidden, at, cu, uniforms)
         else:
             out = self._by_definition(step, stats, asked, hidden, at, cu, uniforms)
