@@ -407,7 +407,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("change, text", BAD, ids=[str(c)[:60] for c, _ in BAD])
+@pytest.mark.parametrize("change, text", BAD, ids=["-".join(map(str, c))[:60] for c, _ in BAD])
 def test_bad_arguments(model, change, text):
     args = dict(inputs=PROMPT, max_new_tokens=12, steps=6, mask_token_id=MASK) | change
     calls = []
