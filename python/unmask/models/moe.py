@@ -29,7 +29,7 @@ class SwiGLU(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, row: torch.Tensor | None = None) -> torch.Tensor:
         """x: [T, d] -> [T, d]. row is for `MoE`."""
-        return self.down(ops.silu_mul(self.gate_up(x)))
+        return self.down.forward(ops.silu_mul(self.gate_up.forward(x)))
 
 
 class MoE(torch.nn.Module):
