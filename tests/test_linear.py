@@ -73,3 +73,21 @@ def test_memory_decides_about_fp32_copies(monkeypatch):
     monkeypatch.setattr(linear, "available_memory", lambda: 1000)
     assert linear.choose_format(torch.bfloat16, torch.device("cpu"), 100) == "packed_fp32"
     assert linear.choose_format(torch.bfloat16, torch.device("cpu"), 1000) != "packed_fp32"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiled_rows_have_the_same_bits_in_any_batch(dtype):
+    from unmask.ops.linear import TILE_ROWS
+
+    generator = torch.Generator().manual_seed(3)
+    x, bias = torch.randn(70, 48, generator=generator).to(dtype), torch.randn(40, generator=generator).to(dtype)
+    layer = Linear(torch.randn(40, 48, generator=generator).to(dtype), "tiled", bias)
+    whole, calls = layer(x), []
+    assert whole.shape == (70, 40) and layer(x[:0]).shape == (0, 40)
+    for begin, end in ((0, 1), (3, 20), (20, 70), (69, 70)):
+        assert torch.equal(layer(x[begin:end]), whole[begin:end])
+    product = torch.nn.functional.linear
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", lambda t, *w: calls.append(t.shape[0]) or product(t, *w))
+        layer(x), layer(x[:5])
+    assert calls == [TILE_ROWS] * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 
@@ -563,3 +564,20 @@ def test_settings_say_what_took_effect():
     (result,) = unmask.generate(model("llada"), [[1]])
     assert "speculate" not in result.settings and result.drafted == result.accepted == 0
     assert read_method(SSD()) == read_method("ssd") and str(FreeDave("tree")) == "freedave:attention=tree"
+
+
+@pytest.mark.parametrize("fields", [{}, dict(visibility="block_causal", block_size=4, qk_norm=True)], ids=["bidirectional", "block_causal"])
+def test_a_batch_invariant_model(fields, monkeypatch):
+    """The format that load(batch_invariant=True) takes on CUDA: its products and its attention are asked for fixed cuts, and the runs agree."""
+    from random_models import BASE
+    from unmask.models.model import random_model
+
+    m = random_model(dataclasses.replace(BASE, **fields), std=0.25, format="tiled")
+    asked, attend = set(), unmask.ops.block_attention
+    monkeypatch.setattr(unmask.ops, "block_attention", lambda *a, **k: asked.add(k["batch_invariant"]) or attend(*a, **k))
+    common = dict(policy="quota", max_new_tokens=16, block_size=8, eos_stop=False, trace=True)
+    plain, fast = (unmask.generate(m, [[1, 2, 3], [5] * 9], speculate=s, **common) for s in (None, "ssd"))
+    assert asked == {True}
+    assert [r.ids for r in plain] == [r.ids for r in fast]
+    assert [[c["committed"] for c in r.trace] for r in plain] == [[c["committed"] for c in r.trace] for r in fast]
+    assert sum(r.accepted for r in fast) > 0 and sum(r.drafted - r.accepted for r in fast) > 0

@@ -54,6 +54,7 @@ def load(
     family: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     weights: str | None = None,
+    batch_invariant: bool = False,
 ) -> Model:
     """Loads a checkpoint: a folder, a Hugging Face id or cache path that is already on disk, or an embedded model:
     "tiny" (bidirectional, LLaDA's layout) or "tiny-block" (block-causal, SDAR's).
@@ -65,11 +66,17 @@ def load(
     weights: "int8" keeps the weights of all linear layers in a byte each (one scale a row; quantised tensor by tensor while loading), for
     half the memory of bf16 at about its speed from width 2048 on (bench/bench_int8.py); activations and embedding keep their dtype. Needs
     a CPU with AVX-512 VNNI. "bf16" is dtype="bfloat16".
+    batch_invariant: on CUDA, products of 32 rows at a time and attention cut at fixed places, so that a row's bits do not depend on its batch or
+    on speculation (slower; no GPU has run it yet). On the CPU that is so anyway.
     Raises ModelNotFound (naming the folders searched), CheckpointError (listing every problem of the files; nothing is partly loaded)
     or SettingError. Only safetensors weights are read; no code of the checkpoint is run.
     """
     kind, target = _dtype(dtype), _device(device)
     kind, format = _weights(weights, kind, target)
+    if not isinstance(batch_invariant, bool):
+        raise SettingError(f"batch_invariant must be True or False, got {batch_invariant!r}")
+    if batch_invariant and target.type != "cpu":
+        format = "tiled"
     folder = hub.resolve(source, revision=revision, download=download)
     info = checkpoint.inspect(folder, family, overrides)
     _check_decodable(info.config, overrides or {})

@@ -88,6 +88,7 @@ class Layer(torch.nn.Module):
         self.attn_norm, self.mlp_norm = w.tensors["attn_norm"], w.tensors["mlp_norm"]
         self.q_norm, self.k_norm = w.tensors.get("q_norm"), w.tensors.get("k_norm")
         self.scale = config.head_dim**-0.5
+        self.batch_invariant = format == "tiled"
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, f: Forward, kv, inv_freq: torch.Tensor, status) -> torch.Tensor:
         """x: the branch to add to `residual` (in place) before this layer's attention norm; returns the branch after this layer's MLP."""
@@ -108,7 +109,7 @@ class Layer(torch.nn.Module):
 
     def attend(self, q: torch.Tensor, kv, cu_q, kv_row, seg, q_end, mask, status: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of Q [T, Hq, D] over the cache: the heads' outputs joined, [T, Hq D], and the logsumexps of their scores, float32 [T, Hq]."""
-        out, lse = ops.block_attention(q, *kv, cu_q, kv_row, seg, q_end=q_end, mask=mask, scale=self.scale, status=status)
+        out, lse = ops.block_attention(q, *kv, cu_q, kv_row, seg, q_end=q_end, mask=mask, scale=self.scale, status=status, batch_invariant=self.batch_invariant)
         return out.view(out.shape[0], -1), lse
 
 

@@ -48,7 +48,8 @@ class MoE(torch.nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.config, self.experts, self.shared = config, experts, shared
-        self.router = Linear(router.float(), "packed" if format != "plain" and packing_available(torch.float32) else "plain")
+        own: Format = "packed" if format != "plain" and packing_available(torch.float32) else "plain"
+        self.router = Linear(router.float(), "tiled" if format == "tiled" else own)
         self.bias = None if bias is None else bias.float()
 
     def forward(self, x: torch.Tensor, row: torch.Tensor | None = None) -> torch.Tensor:

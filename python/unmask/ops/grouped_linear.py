@@ -39,7 +39,8 @@ class Experts(torch.nn.Module):
     def __init__(self, n: int, width: int, inner: int, dtype: torch.dtype, device: torch.device, format: Format, grouped: bool | None = None):
         super().__init__()
         self.n, self.width, self.inner, self.format = n, width, inner, format
-        self.grouped = grouped_available(dtype, device, width, inner) if grouped is None else grouped
+        available = format != "tiled" and grouped_available(dtype, device, width, inner)
+        self.grouped = available if grouped is None else grouped
         if self.grouped:
             self._gate_up = torch.empty(n, 2 * inner, width, dtype=dtype, device=device)
             self._down = torch.empty(n, width, inner, dtype=dtype, device=device)

@@ -44,7 +44,8 @@ class Head:
         else:
             self.tiles = [Linear(weight[i : i + tile].contiguous(), format) for i in range(0, self.vocab_size, tile)]
         self.tile = tile
-        self.weight = weight if weight.device.type == "cuda" else None  # tiles are views of it
+        # tiles are views of it; the fused kernel and the tiles sum in another order, and which one runs depends on the number of rows
+        self.weight = weight if weight.device.type == "cuda" and format != "tiled" else None
 
     @classmethod
     def of_tiles(cls, parts: Iterable[torch.Tensor], format: Format) -> Head:

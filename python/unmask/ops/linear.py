@@ -10,6 +10,8 @@ Formats:
   its fp32 one. bf16 values are exact in fp32, so the product is the same sum of the same terms, rounded once to bf16 at the end;
   it takes 4 bytes a weight instead of 2, so it is chosen only where that fits in memory;
 - ``plain``: an ordinary tensor and `F.linear` (CUDA, and CPUs or torch builds without oneDNN);
+- ``tiled``: an ordinary tensor and `F.linear` on TILE_ROWS rows at a time, always that many: the vendor's GEMMs on CUDA round differently for
+  another number of rows, so this is how a row gets the same bits in any batch there (`unmask.load(..., batch_invariant=True)`);
 - ``int8``: quantised weights in a byte each, only where asked for (`unmask.load(..., weights="int8")`, `unmask.ops.int8`).
 
 Rows: the packed product gives a row the same bits in any batch, provided that the row count is a multiple of `ROW_MULTIPLE`
@@ -28,10 +30,11 @@ from torch.nn import functional as F
 from ..errors import SettingError
 from .int8 import Digits, Int8Weight, digits
 
-Format = Literal["packed", "packed_fp32", "plain", "int8"]
+Format = Literal["packed", "packed_fp32", "plain", "tiled", "int8"]
 FORMATS: tuple[str, ...] = ("packed", "packed_fp32", "plain")
 """Those with the weights' own values, among which `choose_format` chooses."""
 ROW_MULTIPLE = 16
+TILE_ROWS = 32  # of a product in format tiled
 _ROW_HINT = 32  # rows that the blocked layout is chosen for; measured: no other hint is faster at 16-256 rows
 
 
@@ -121,7 +124,7 @@ class Linear(torch.nn.Module):
         self.dtype = weight.dtype
         self.format = format
         self._bias = bias
-        if format == "plain":
+        if format in ("plain", "tiled"):
             self._weight = weight
         elif format == "packed":
             self._weight = _pack(weight)
@@ -130,11 +133,13 @@ class Linear(torch.nn.Module):
         elif format == "int8":
             self._weight = Int8Weight(weight)
         else:
-            raise ValueError(f"Linear: format must be one of {', '.join(FORMATS)}, int8, got {format!r}")
+            raise ValueError(f"Linear: format must be one of {', '.join(FORMATS)}, tiled, int8, got {format!r}")
 
     def forward(self, x: torch.Tensor | Digits) -> torch.Tensor:
         if self.format == "plain":
             return F.linear(x, self._weight, self._bias)
+        if self.format == "tiled":
+            return self._in_tiles(x)
         if self.format == "packed":
             y = _packed_product(x, self._weight)
         elif self.format == "int8":
@@ -142,6 +147,12 @@ class Linear(torch.nn.Module):
         else:
             y = _packed_product(self.prepared(x), self._weight).to(self.dtype)
         return y if self._bias is None else y + self._bias
+
+    def _in_tiles(self, x: torch.Tensor) -> torch.Tensor:
+        m = x.shape[0]
+        x = F.pad(x, (0, 0, 0, -m % TILE_ROWS))
+        parts = [F.linear(tile.contiguous(), self._weight, self._bias) for tile in x.split(TILE_ROWS)]
+        return parts[0][:m] if len(parts) == 1 else torch.cat(parts)[:m]
 
     def prepared(self, x: torch.Tensor) -> torch.Tensor | Digits:
         """x as the product wants it, for callers that multiply one x by several Linears of this format: converted once."""
@@ -159,7 +170,7 @@ class Linear(torch.nn.Module):
             made.out_features, made.in_features, made.dtype, made.format, made._bias = stop - start, self.in_features, self.dtype, self.format, bias
             made._weight = Int8Weight.of(q[start:stop].contiguous(), scale[start:stop])
             return made
-        weight = self._weight if self.format == "plain" else self._weight.to_dense().to(self.dtype)
+        weight = self._weight if self.format in ("plain", "tiled") else self._weight.to_dense().to(self.dtype)
         return Linear(weight[start:stop], self.format, bias)
 
     def extra_repr(self) -> str:
