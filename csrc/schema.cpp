@@ -54,6 +54,13 @@ STABLE_TORCH_LIBRARY(unmask, m) {
       "kl_stats(Tensor logits, Tensor previous, Tensor? rows, Tensor? previous_rows, Tensor lse, Tensor previous_lse) "
       "-> Tensor");
 
+  // logit_stats of hidden @ head^T over vocabulary tiles packed by oneDNN, for the rows asked for; logits are never stored. CPU.
+  m.def(
+      "head_stats(Tensor hidden, Tensor[] tiles, Tensor? rows, Tensor? forbid, Tensor? suppress, Tensor? bias_ids, "
+      "Tensor? bias, "
+      "Tensor? ids, int topk, float temperature, Tensor? seed, Tensor? step, Tensor? pos) "
+      "-> (Tensor ids, Tensor values, Tensor status)");
+
   // hidden @ weight^T and logit_stats in one pass over the weights, for up to 64 rows; logits are never stored. CUDA, sm_90a.
   m.def(
       "fused_head_stats(Tensor hidden, Tensor weight, Tensor? rows, Tensor? forbid, Tensor? suppress, Tensor? "
@@ -87,6 +94,15 @@ STABLE_TORCH_LIBRARY(unmask, m) {
   m.def("add_rms_norm(Tensor(a!) residual, Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("silu_mul(Tensor gate_up) -> Tensor");
 
+  // A whole layer of these around products by oneDNN's packed weights, for steps of few rows on a CPU, where the calls between the products
+  // cost a fifth of them. Without gate_up and down it ends at the normed input of a mixture of experts.
+  m.def(
+      "decoder_layer(Tensor x, Tensor(a!) residual, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor qkv, Tensor? "
+      "qkv_bias, "
+      "Tensor o, Tensor? gate_up, Tensor? down, Tensor attn_norm, Tensor mlp_norm, Tensor? q_norm, Tensor? k_norm, "
+      "Tensor inv_freq, Tensor row, Tensor pos, Tensor slot, Tensor cu_q, Tensor kv_row, Tensor seg, Tensor? q_end, "
+      "Tensor? mask, float eps, float scale, Tensor(d!)? token_status=None, Tensor(e!)? entry_status=None) -> Tensor");
+
   // Which experts a token goes through and with which weights, and the counting sort of (token, expert) pairs that products by expert need;
   // then a token's experts' outputs, weighted and added in the order of choice.
   m.def(
@@ -94,4 +110,9 @@ STABLE_TORCH_LIBRARY(unmask, m) {
       "bool renormalise, float scale, int multiple) "
       "-> (Tensor expert, Tensor weight, Tensor place, Tensor source, Tensor offsets)");
   m.def("moe_combine(Tensor y, Tensor place, Tensor weight) -> Tensor");
+
+  // The experts themselves, where oneDNN packed their weights: those that occur in `expert`, one after the other, weighted and added. CPU.
+  m.def(
+      "moe_experts(Tensor x, Tensor expert, Tensor weight, Tensor[] gate_up, Tensor[] down, Tensor? shared_gate_up, "
+      "Tensor? shared_down) -> Tensor");
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from native import native
 from unmask import ops
+from unmask.ops import LogitStats
 from unmask.ops.head_stats import Head, head_stats
 from unmask.ops.info import Status
+from unmask.ops.linear import packing_available
 
 module = sys.modules["unmask.ops.head_stats"]  # the name in the package is the function
 
@@ -100,3 +104,65 @@ def test_no_row_at_all():
     out = head_stats(torch.randn(3, 32), head, torch.full((5,), -1))
     assert out.token.tolist() == [-1] * 5
     assert head_stats(torch.randn(0, 32), head).token.shape == (0,)
+
+
+# --- the op on packed tiles: torch.ops.unmask.head_stats ----------------------------------------------------------
+
+needs_packed = pytest.mark.skipif(not packing_available(torch.float32), reason="this torch has no packed weights")
+NONE = dict(forbid=None, suppress=None, bias_ids=None, bias=None, ids=None, topk=0, temperature=0.0, seed=None, step=None, pos=None)
+
+
+def op(hidden, tiles, rows=None, **options):
+    return LogitStats(*native("head_stats", "MkldnnCPU")(hidden, tiles, rows, *(NONE | options).values()))
+
+
+@needs_packed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile", [4096, 8192])
+def test_the_op_has_the_bits_of_the_tiles_one_by_one(dtype, tile, threads):
+    """Every option, absent and bad rows, several threads: as products and stats_tile from Python."""
+    if not packing_available(dtype):
+        return
+    head, hidden, n = Head(torch.randn(9000, 32).to(dtype), "packed", tile), torch.randn(20, 32).to(dtype), 45
+    rows = torch.randint(-2, 22, (n,))
+    key = dict(seed=torch.arange(n), step=torch.arange(n) % 3, pos=torch.arange(n) + 5)
+    shared = dict(forbid=torch.tensor([3, 8999, 9001, -1]), suppress=torch.tensor([5]), topk=3, temperature=0.7)
+    per_entry = dict(bias_ids=torch.randint(-1, 9000, (n, 2)), bias=torch.randn(n, 2), ids=torch.randint(-1, 9001, (n, 3)), **key)
+    want = module._live_entries(hidden, head, rows, shared, per_entry)
+    for count in (1, 2):
+        threads(count)
+        same(op(hidden, head.packed, rows, **shared, **per_entry), want)
+        same(op(hidden.repeat(1, 2)[:, :32], head.packed, rows, **shared, **per_entry), want)
+
+
+@needs_packed
+def test_rows_that_are_not_dense():
+    head, hidden = make_head(61), torch.randn(32, 7)
+    same(op(hidden.T, head.packed), op(hidden.T.contiguous(), head.packed))
+
+
+@needs_packed
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(hidden=torch.zeros(4, 32).half()), "hidden must be float32 or bfloat16 on the CPU, got float16"),
+        (dict(hidden=torch.zeros(4, 31)), "a tile must be [ids, d] = [any, 31], got [61, 32]"),
+        (dict(tiles=[]), "V, the ids of all tiles must be 1 to 2147483647, got 0"),
+        (dict(twice=True), "tiles must be of a multiple of 4096 ids each, but for the last, got 61 ids before one"),
+        (dict(plain=True), "a tile must be packed by oneDNN (torch.ops.mkldnn._reorder_linear_weight), got an ordinary tensor"),
+        (dict(rows=torch.zeros(4)), "rows must be int64, got float32"),
+        (dict(topk=9), "topk must be 0 to 8, got 9"),
+        (dict(temperature=1.0), "seed must be given when temperature > 0, got None"),
+        (dict(ids=torch.zeros(3, 1, dtype=torch.int64)), "ids must be [T', J] = [4, any], got [3, 1]"),
+    ],
+    ids=["half", "width", "none", "middle", "plain", "rows", "topk", "temperature", "ids"],
+)
+def test_errors_of_the_op(change, message):
+    tiles = make_head(61).packed
+    call = dict(hidden=torch.zeros(4, 32), tiles=tiles) | change
+    if call.pop("twice", False):
+        call["tiles"] = tiles * 2
+    if call.pop("plain", False):
+        call["tiles"] = [torch.zeros(61, 32)]
+    with pytest.raises(RuntimeError, match=re.escape(f"head_stats: {message}")):
+        torch.ops.unmask.head_stats(call.pop("hidden"), call.pop("tiles"), call.pop("rows", None), *(NONE | call).values())

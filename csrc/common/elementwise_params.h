@@ -21,4 +21,11 @@ struct SiluParams {
   int64_t dtype;
 };
 
+struct AddParams {
+  void* y;  // [T, N], row stride y_row; x is added in place
+  const void* x;  // [T, N], row stride x_row; 0: one row for all
+  int64_t y_row, x_row, width;
+  int64_t dtype;
+};
+
 }  // namespace unmask

@@ -114,15 +114,19 @@ struct StatsRows {
   int64_t stride, entries, n_rows;
 };
 
+inline StatsRows read_stats_rows_of(const Checker& check, int64_t n_rows, const OptTensor& rows) {
+  if (!rows) return {nullptr, 0, n_rows, n_rows};
+  check.dtype(*rows, "rows", ScalarType::Long);
+  check.shape(*rows, "rows", "[T']", {-1});
+  return {static_cast<const int64_t*>(rows->const_data_ptr()), rows->stride(0), rows->size(0), n_rows};
+}
+
 inline StatsRows read_stats_rows(const Checker& check, const Tensor& logits, const OptTensor& rows) {
   check.floating(logits, "logits");
   check.shape(logits, "logits", "[N, V]", {-1, -1});
   const int64_t n = logits.size(0), vocab = logits.size(1);
   check.require(vocab >= 1 && vocab <= INT32_MAX, "V of logits", "1 to 2147483647", vocab);
-  if (!rows) return {nullptr, 0, n, n};
-  check.dtype(*rows, "rows", ScalarType::Long);
-  check.shape(*rows, "rows", "[T']", {-1});
-  return {static_cast<const int64_t*>(rows->const_data_ptr()), rows->stride(0), rows->size(0), n};
+  return read_stats_rows_of(check, n, rows);
 }
 
 inline void check_stats_state(const Checker& check, const Tensor& state, const OptTensor& id_logit, int64_t entries) {

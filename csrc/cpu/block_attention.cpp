@@ -13,6 +13,7 @@
 #include "common/status.h"
 #include "cpu/alloc.h"
 #include "cpu/block_attention_kernels.h"
+#include "cpu/layer_parts.h"
 #include "cpu/parallel.h"
 
 namespace unmask::cpu {
@@ -194,10 +195,20 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k_cach
                                            const std::optional<Tensor>& q_end, const std::optional<Tensor>& mask,
                                            double scale, std::optional<Tensor> status, bool /*batch_invariant*/) {
   check_block_attention(q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status);
+  Tensor out = empty<3>({q.size(0), q.size(1), q.size(2)}, q.scalar_type());
+  Tensor lse = empty<2>({q.size(0), q.size(1)}, ScalarType::Float);
+  block_attention_into(q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, status, out, lse);
+  return {out, lse};
+}
+
+}  // namespace
+
+void block_attention_into(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cu_q,
+                          const Tensor& kv_row, const Tensor& seg, const std::optional<Tensor>& q_end,
+                          const std::optional<Tensor>& mask, double scale, const std::optional<Tensor>& status,
+                          Tensor& out, Tensor& lse) {
   AttentionParams p{};
   p.q_heads = q.size(1), p.dim = q.size(2), p.group = p.q_heads / k_cache.size(1);
-  Tensor out = empty<3>({q.size(0), p.q_heads, p.dim}, q.scalar_type());
-  Tensor lse = empty<2>({q.size(0), p.q_heads}, ScalarType::Float);
   p.q = q.const_data_ptr(), p.k = k_cache.const_data_ptr(), p.v = v_cache.const_data_ptr();
   p.out = out.mutable_data_ptr(), p.lse = static_cast<float*>(lse.mutable_data_ptr());
   std::copy_n(q.strides().data(), 3, p.q_stride);
@@ -211,10 +222,8 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k_cach
   const Plan plan(q, k_cache, cu_q, kv_row, seg, mask, status, p);
   plan.zero_uncovered(p.dtype == 0 ? 4 : 2);
   if (p.q_heads > 0) plan.run();
-  return {out, lse};
 }
 
-}  // namespace
 }  // namespace unmask::cpu
 
 UNMASK_IMPL(CPU, block_attention, &unmask::cpu::block_attention)

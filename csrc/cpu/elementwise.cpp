@@ -5,6 +5,7 @@
 #include "common/register.h"
 #include "cpu/alloc.h"
 #include "cpu/elementwise_kernels.h"
+#include "cpu/layer_parts.h"
 #include "cpu/parallel.h"
 
 namespace unmask::cpu {
@@ -16,13 +17,8 @@ constexpr int64_t kNormGrain = 65536, kSiluGrain = 32768;
 int64_t grain_rows(int64_t grain, int64_t width) { return width > 0 ? (grain + width - 1) / width : grain; }
 
 Tensor norm(const Tensor& x, Tensor* residual, const Tensor& weight, double eps) {
-  const int64_t rows = x.size(0), dim = x.size(1);
-  Tensor out = empty_as<2>({rows, dim}, x);
-  if (rows == 0 || dim == 0) return out;
-  const Tensor xd = dense(x), wd = dense(weight);
-  const NormParams p = norm_params(xd, residual, wd, out, dtype_code(x), eps);
-  const auto kernel = UNMASK_KERNEL(rms_norm_rows);
-  parallel_for(rows, grain_rows(kNormGrain, dim), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  Tensor out = empty_as<2>({x.size(0), x.size(1)}, x);
+  norm_into(dense(x), residual, dense(weight), eps, x.size(0), out);
   return out;
 }
 
@@ -42,17 +38,38 @@ Tensor add_rms_norm(Tensor residual, const Tensor& x, const Tensor& weight, doub
 
 Tensor silu_mul(const Tensor& gate_up) {
   check_silu_mul(gate_up);
-  const int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
-  Tensor out = empty_as<2>({rows, width}, gate_up);
-  if (rows == 0 || width == 0) return out;
-  const Tensor in = dense(gate_up);
-  const SiluParams p{in.const_data_ptr(), out.mutable_data_ptr(), in.stride(0), width, dtype_code(in)};
-  const auto kernel = UNMASK_KERNEL(silu_mul_rows);
-  parallel_for(rows, grain_rows(kSiluGrain, width), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  Tensor out = empty_as<2>({gate_up.size(0), gate_up.size(1) / 2}, gate_up);
+  silu_mul_into(dense(gate_up), gate_up.size(0), out);
   return out;
 }
 
 }  // namespace
+
+void norm_into(const Tensor& x, const Tensor* residual, const Tensor& weight, double eps, int64_t rows, Tensor& out) {
+  const int64_t dim = x.size(1);
+  if (rows == 0 || dim == 0) return;
+  const NormParams p = norm_params(x, residual, weight, out, dtype_code(x), eps);
+  const auto kernel = UNMASK_KERNEL(rms_norm_rows);
+  parallel_for(rows, grain_rows(kNormGrain, dim), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+void silu_mul_into(const Tensor& gate_up, int64_t rows, Tensor& out) {
+  const int64_t width = gate_up.size(1) / 2;
+  if (rows == 0 || width == 0) return;
+  const SiluParams p{gate_up.const_data_ptr(), out.mutable_data_ptr(), gate_up.stride(0), width, dtype_code(gate_up)};
+  const auto kernel = UNMASK_KERNEL(silu_mul_rows);
+  parallel_for(rows, grain_rows(kSiluGrain, width), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+void add_rows(Tensor& y, const Tensor& x, int64_t rows) {
+  const int64_t width = y.size(1);
+  if (rows == 0 || width == 0) return;
+  const AddParams p{y.mutable_data_ptr(), x.const_data_ptr(), y.stride(0), x.dim() == 1 ? 0 : x.stride(0), width,
+                    dtype_code(y)};
+  const auto kernel = UNMASK_KERNEL(add_rows);
+  parallel_for(rows, grain_rows(kNormGrain, width), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
 }  // namespace unmask::cpu
 
 UNMASK_IMPL(CPU, rms_norm, &unmask::cpu::rms_norm)

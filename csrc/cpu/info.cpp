@@ -2,6 +2,7 @@
 //   0  stable-ABI target as torch encodes it     1  ISA in use (Isa)        2  best ISA of this CPU
 //   3  1 if CUDA kernels are compiled in         4  how many CUDA architectures   5+i  the i-th of them (90 for 90a)
 //  -1  1 if the kernels for sm_90a alone are in (TMA and wgmma: block_attention, fused_head_stats)
+//  -2  1 if this torch multiplies by oneDNN's packed weights (decoder_layer, head_stats)
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -9,6 +10,7 @@
 #include "common/check.h"
 #include "common/register.h"
 #include "cpu/isa.h"
+#include "cpu/packed_linear.h"
 
 namespace unmask::cpu {
 namespace {
@@ -30,6 +32,7 @@ std::vector<int64_t> cuda_archs() {
 int64_t info(int64_t what) {
   static const std::vector<int64_t> archs = cuda_archs();
   switch (what) {
+    case -2: return has_packed_linear() ? 1 : 0;
     case -1:
 #if defined(UNMASK_WITH_SM90A)
       return 1;
@@ -44,7 +47,7 @@ int64_t info(int64_t what) {
     default: break;
   }
   if (what >= 5 && what - 5 < static_cast<int64_t>(archs.size())) return archs[static_cast<size_t>(what - 5)];
-  fail_must_be("info", "what", "-1 to " + std::to_string(4 + archs.size()), std::to_string(what));
+  fail_must_be("info", "what", "-2 to " + std::to_string(4 + archs.size()), std::to_string(what));
 }
 
 }  // namespace

@@ -1,91 +1,13 @@
-// logit_stats / stats_tile / stats_finish: checks, output allocation and the split of the work; the arithmetic is in
-// kernels/logit_stats.cpp. With few rows the chunks of a row run in parallel and fold left to right afterwards; with
-// many rows each thread folds whole rows. Same chunks, same order, same bits.
+// logit_stats / stats_tile / stats_finish: checks and what they do per entry; the split of the work is in logit_stats_run.h, the arithmetic
+// in kernels/logit_stats.cpp.
 #include <algorithm>
-#include <array>
-#include <cmath>
 #include <cstring>
-#include <memory>
-#include <tuple>
-#include <vector>
 
-#include "common/id_list.h"
-#include "common/logit_stats_args.h"
 #include "common/register.h"
-#include "cpu/alloc.h"
-#include "cpu/logit_stats_kernels.h"
-#include "cpu/parallel.h"
+#include "cpu/logit_stats_run.h"
 
 namespace unmask::cpu {
 namespace {
-
-using Outputs = std::tuple<Tensor, Tensor, Tensor>;
-
-constexpr int64_t kSerialIds = 32768;  // below this many logits in all, a second thread costs more than it brings
-
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-struct Prepared {
-  StatsArgs args{};
-  IdList forbid, suppress;
-};
-
-void prepare(const Checker& check, const Tensor& logits, const StatsArguments& in, int64_t entries, int64_t offset,
-             int64_t vocab, Prepared* p) {
-  StatsArgs& a = p->args;
-  static_cast<StatsInputs&>(a) = read_stats_inputs(check, logits, in, entries, offset, vocab);
-  p->forbid.read(in.forbid, vocab, &a.list_status);
-  p->suppress.read(in.suppress, vocab, &a.list_status);
-  a.forbid = p->forbid.ids;
-  a.n_forbid = p->forbid.n;
-  a.suppress = p->suppress.ids;
-  a.n_suppress = p->suppress.n;
-}
-
-int64_t chunks_of(int64_t ids) { return (ids + kStatsChunk - 1) / kStatsChunk; }
-
-// Calls one(entry, fold) for every entry; fold(row, state) folds all ids of that row into *state. Rows run in parallel
-// when there are enough of them, else the chunks of all rows do, first, into states of their own.
-template <class Row, class One>
-void for_each_entry(const StatsArgs& a, int64_t entries, const Row& row_of, const One& one) {
-  const auto fold = UNMASK_KERNEL(stats_fold);
-  const int64_t chunks = chunks_of(a.count);
-  const bool serial = entries * a.count <= kSerialIds;
-  if (serial || chunks <= 1 || entries >= 8 * num_threads() || num_threads() == 1) {
-    parallel_for(entries, serial ? entries : 1, [&](int64_t begin, int64_t end) {
-      for (int64_t e = begin; e < end; ++e)
-        one(e, [&](int64_t row, StatsState* st) { fold(a, e, row, 0, chunks, st); });
-    });
-    return;
-  }
-  const auto merge = UNMASK_KERNEL(stats_merge);
-  std::unique_ptr<StatsState[]> parts(new StatsState[static_cast<size_t>(entries * chunks)]);
-  parallel_for(entries * chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t e = i / chunks, row = row_of(e);
-      reset_state(&parts[i], a.kept);
-      if (row >= 0) fold(a, e, row, i % chunks, i % chunks + 1, &parts[i]);
-    }
-  });
-  for (int64_t e = 0; e < entries; ++e) {
-    one(e, [&](int64_t, StatsState* st) {
-      for (int64_t c = 0; c < chunks; ++c) merge(st, &parts[e * chunks + c]);
-    });
-  }
-}
-
-Outputs new_outputs(int64_t entries, int64_t n_ids, int64_t topk, StatsOutputs* f) {
-  *f = {topk, n_ids, nullptr, nullptr, nullptr};
-  Outputs out{empty<2>({entries, f->id_width()}, ScalarType::Long),
-              empty<2>({entries, f->value_width()}, ScalarType::Float), empty<1>({entries}, ScalarType::Int)};
-  f->ids = static_cast<int64_t*>(std::get<0>(out).mutable_data_ptr());
-  f->values = static_cast<float*>(std::get<1>(out).mutable_data_ptr());
-  f->status = static_cast<int32_t*>(std::get<2>(out).mutable_data_ptr());
-  return out;
-}
 
 Outputs logit_stats(const Tensor& logits, const OptTensor& rows_arg, const OptTensor& forbid, const OptTensor& suppress,
                     const OptTensor& bias_ids, const OptTensor& bias, const OptTensor& ids, int64_t topk,
@@ -107,23 +29,25 @@ Outputs logit_stats(const Tensor& logits, const OptTensor& rows_arg, const OptTe
     const int64_t r = rows.rows != nullptr ? rows.rows[e * rows.stride] : e;
     return r >= 0 && r < rows.n_rows ? r : int64_t{-1};
   };
-  for_each_entry(a, entries, row_of, [&](int64_t e, const auto& fold) {
-    StatsState st;
-    reset_state(&st, a.kept);
-    const int64_t r = row_of(e);
-    if (r >= 0) {
-      st.next = static_cast<int32_t>(vocab);
-      st.status = a.list_status;
-      fold(r, &st);
-      float* logit = f.at_ids(e) + 1;
-      for (int64_t i = 0; i < a.n_ids; ++i) logit[2 * i] = neg_inf();
-      if (a.n_ids > 0) st.status |= at_ids(a, e, r, logit, 2);
-    } else if (rows.rows[e * rows.stride] != -1) {
-      st.next = 1;
-      st.status = kStatusBadRow;
-    }
-    outputs(f, e, &st);
-  });
+  for_each_entry(
+      a, entries, [](int64_t e) { return e; }, row_of,
+      [&](int64_t e, const auto& fold) {
+        StatsState st;
+        reset_state(&st, a.kept);
+        const int64_t r = row_of(e);
+        if (r >= 0) {
+          st.next = static_cast<int32_t>(vocab);
+          st.status = a.list_status;
+          fold(r, &st);
+          float* logit = f.at_ids(e) + 1;
+          for (int64_t i = 0; i < a.n_ids; ++i) logit[2 * i] = neg_inf();
+          if (a.n_ids > 0) st.status |= at_ids(a, e, r, logit, 2);
+        } else if (rows.rows[e * rows.stride] != -1) {
+          st.next = 1;
+          st.status = kStatusBadRow;
+        }
+        outputs(f, e, &st);
+      });
   return out;
 }
 
@@ -167,25 +91,24 @@ void stats_tile(const Tensor& logits, Tensor& state, OptTensor id_logit, int64_t
   }
   const StateRows states(state);
   const auto at_ids = UNMASK_KERNEL(stats_at_ids);
-  for_each_entry(
-      a, entries, [](int64_t e) { return e; },
-      [&](int64_t e, const auto& fold) {
-        StatsState st = states.load(e);
-        if (st.next == 0) {
-          reset_state(&st, a.kept);
-          st.status = a.list_status;
-          for (int64_t i = 0; i < a.n_ids; ++i) logit[e * logit_stride[0] + i * logit_stride[1]] = neg_inf();
-        }
-        if (st.next != offset || st.kept != a.kept) {  // tiles out of order, or another topk
-          st.status |= kStatusBadSegment;
-          st.next = std::max(st.next, 1);
-        } else {
-          fold(e, &st);
-          if (a.n_ids > 0) st.status |= at_ids(a, e, e, logit + e * logit_stride[0], logit_stride[1]);
-          st.next = static_cast<int32_t>(offset + count);
-        }
-        states.store(e, st);
-      });
+  const auto same = [](int64_t e) { return e; };
+  for_each_entry(a, entries, same, same, [&](int64_t e, const auto& fold) {
+    StatsState st = states.load(e);
+    if (st.next == 0) {
+      reset_state(&st, a.kept);
+      st.status = a.list_status;
+      for (int64_t i = 0; i < a.n_ids; ++i) logit[e * logit_stride[0] + i * logit_stride[1]] = neg_inf();
+    }
+    if (st.next != offset || st.kept != a.kept) {  // tiles out of order, or another topk
+      st.status |= kStatusBadSegment;
+      st.next = std::max(st.next, 1);
+    } else {
+      fold(e, &st);
+      if (a.n_ids > 0) st.status |= at_ids(a, e, e, logit + e * logit_stride[0], logit_stride[1]);
+      st.next = static_cast<int32_t>(offset + count);
+    }
+    states.store(e, st);
+  });
 }
 
 Outputs stats_finish(const Tensor& state, const OptTensor& id_logit, int64_t topk) {

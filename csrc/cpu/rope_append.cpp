@@ -7,6 +7,7 @@
 #include "common/register.h"
 #include "common/rope_append_args.h"
 #include "cpu/alloc.h"
+#include "cpu/layer_parts.h"
 #include "cpu/parallel.h"
 #include "cpu/rope_append_kernels.h"
 
@@ -45,17 +46,23 @@ Tensor rope_append(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_c
                    const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight, const Tensor& inv_freq,
                    double eps, std::optional<Tensor> status) {
   check_rope_append(q, k, v, k_cache, v_cache, row, pos, slot, v_slot, q_weight, k_weight, inv_freq, eps, status);
-  std::optional<Tensor> qw, kw;  // hold the dense copies, if any
+  std::optional<Tensor> qw, kw;
   if (q_weight) qw = dense(*q_weight);
   if (k_weight) kw = dense(*k_weight);
-  const Tensor freq = dense(inv_freq);
-  const Tensor& vs = v_slot ? *v_slot : slot;
-
   Tensor out = empty_as<3>({q.size(0), q.size(1), q.size(2)}, q);
-  if (q.size(0) == 0) return out;
-  RopeParams p =
-      rope_params(q, k, v, k_cache, v_cache, row, pos, slot, vs, qw, kw, freq, eps, status, out, dtype_code(q));
+  rope_append_into(q, k, v, k_cache, v_cache, row, pos, slot, v_slot, qw, kw, dense(inv_freq), eps, status, out);
+  return out;
+}
 
+}  // namespace
+
+void rope_append_into(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+                      const Tensor& row, const Tensor& pos, const Tensor& slot, const std::optional<Tensor>& v_slot,
+                      const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight,
+                      const Tensor& inv_freq, double eps, const std::optional<Tensor>& status, Tensor& out) {
+  if (q.size(0) == 0) return;
+  RopeParams p = rope_params(q, k, v, k_cache, v_cache, row, pos, slot, v_slot ? *v_slot : slot, q_weight, k_weight,
+                             inv_freq, eps, status, out, dtype_code(q));
   const int64_t per_token = std::max<int64_t>(1, (p.q_heads + 2 * p.kv_heads) * p.dim);
   const int64_t grain = (kGrainElements + per_token - 1) / per_token;
   std::vector<uint8_t> k_lost, v_lost;
@@ -72,10 +79,8 @@ Tensor rope_append(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_c
     if (p.scratch_floats() > 1024) large.resize(static_cast<size_t>(p.scratch_floats()));
     kernel(p, begin, end, large.empty() ? local : large.data());
   });
-  return out;
 }
 
-}  // namespace
 }  // namespace unmask::cpu
 
 UNMASK_IMPL(CPU, rope_append, &unmask::cpu::rope_append)

@@ -1,5 +1,6 @@
 // rms_norm / add_rms_norm:  residual += x (rounded to dtype);  y = round(x / sqrt(mean x^2 + eps)) * weight
 // silu_mul:                 y = round(gate / (1 + exp(-gate))) * up, gate_up = [gate | up] per row
+// add_rows:                 y += x (rounded to dtype), biases and shared experts of decoder_layer and moe_experts
 //
 // Layout: rows of dense elements. Bytes: norm reads and writes each element once from memory (a row of 8,192 bf16 stays in L1
 // between its two passes; the residual form moves 4 streams), silu_mul reads 2F and writes F. FLOPs: ~4 and ~25 per element, so both
@@ -11,7 +12,7 @@ namespace unmask::cpu::UNMASK_ISA_NS {
 namespace {
 
 template <class T>
-UNMASK_INLINE void add_rows(T* r, const T* x, int64_t n) {
+UNMASK_INLINE void add_row(T* r, const T* x, int64_t n) {
   int64_t i = 0;
   for (; i + kW <= n; i += kW) vstore(r + i, vadd(vload(r + i), vload(x + i)));
   if (i < n) {
@@ -28,7 +29,7 @@ void norm_rows(const NormParams& p, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(p.x) + t * p.x_row;
     if (p.residual != nullptr) {
       T* r = static_cast<T*>(p.residual) + t * p.residual_row;
-      add_rows(r, x, n);
+      add_row(r, x, n);
       x = r;
     }
     T* out = static_cast<T*>(p.out) + t * n;
@@ -110,6 +111,12 @@ void silu_rows(const SiluParams& p, int64_t begin, int64_t end) {
   }
 }
 
+template <class T>
+void sum_rows(const AddParams& p, int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t)
+    add_row(static_cast<T*>(p.y) + t * p.y_row, static_cast<const T*>(p.x) + t * p.x_row, p.width);
+}
+
 }  // namespace
 
 void rms_norm_rows(const NormParams& p, int64_t begin, int64_t end) {
@@ -122,6 +129,12 @@ void silu_mul_rows(const SiluParams& p, int64_t begin, int64_t end) {
   if (p.dtype == 0) silu_rows<float>(p, begin, end);
   else if (p.dtype == 1) silu_rows<bf16>(p, begin, end);
   else silu_rows<fp16>(p, begin, end);
+}
+
+void add_rows(const AddParams& p, int64_t begin, int64_t end) {
+  if (p.dtype == 0) sum_rows<float>(p, begin, end);
+  else if (p.dtype == 1) sum_rows<bf16>(p, begin, end);
+  else sum_rows<fp16>(p, begin, end);
 }
 
 }  // namespace unmask::cpu::UNMASK_ISA_NS

@@ -89,11 +89,27 @@ class Layer(torch.nn.Module):
         self.q_norm, self.k_norm = w.tensors.get("q_norm"), w.tensors.get("k_norm")
         self.scale = config.head_dim**-0.5
         self.batch_invariant = format == "tiled"
+        self.packed = self._packed_weights()
+
+    def _packed_weights(self) -> tuple[torch.Tensor | None, ...] | None:
+        """The weights as `ops.decoder_layer` takes them; None where a product is of another kind: then the parts run one by one."""
+        products = [self.qkv, self.o] + ([self.mlp.gate_up, self.mlp.down] if isinstance(self.mlp, SwiGLU) else [])
+        packed = [product.packed_weight for product in products]
+        if any(weight is None for weight in packed) or any(product.bias is not None for product in products[1:]):
+            return None
+        qkv, o, *mlp = packed
+        return (qkv, self.qkv.bias, o, *(mlp or (None, None)), self.attn_norm, self.mlp_norm, self.q_norm, self.k_norm)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, f: Forward, kv, inv_freq: torch.Tensor, status) -> torch.Tensor:
         """x: the branch to add to `residual` (in place) before this layer's attention norm; returns the branch after this layer's MLP."""
         c = self.config
         token_status, entry_status = status
+        if self.packed is not None:
+            y = ops.decoder_layer(
+                x, residual, *kv, *self.packed, inv_freq, f.row, f.pos, f.slot, f.cu_q, f.kv_row, f.seg, f.q_end, f.mask, c.norm_eps, self.scale,
+                token_status, entry_status,
+            )  # fmt: skip
+            return y if isinstance(self.mlp, SwiGLU) else self.mlp.forward(y, f.row)
         y = ops.add_rms_norm(residual, x, self.attn_norm, c.norm_eps)
         q = self.append(y, kv, f.row, f.pos, f.slot, inv_freq, token_status)
         out, _ = self.attend(q, kv, f.cu_q, f.kv_row, f.seg, f.q_end, f.mask, entry_status)

@@ -51,9 +51,23 @@ class MoE(torch.nn.Module):
         own: Format = "packed" if format != "plain" and packing_available(torch.float32) else "plain"
         self.router = Linear(router.float(), "tiled" if format == "tiled" else own)
         self.bias = None if bias is None else bias.float()
+        self.packed = self._packed_weights()
+
+    def _packed_weights(self) -> tuple | None:
+        """Weights as `torch.ops.unmask.moe_experts` takes them: gate_up and down of every expert, those of the shared one; None where they
+        are of another format: then the products run one by one."""
+        experts = self.experts.packed_weights()
+        shared = [] if self.shared is None else [self.shared.gate_up.packed_weight, self.shared.down.packed_weight]
+        if experts is None or any(weight is None for weight in shared):
+            return None
+        return (*experts, *(shared or (None, None)))
 
     def forward(self, x: torch.Tensor, row: torch.Tensor | None = None) -> torch.Tensor:
         """x: [T, d], T a multiple of 16. row: int64 [T] or None; tokens of a negative row (padding) go through no routed expert."""
-        routes = route(self.router(x.float()), self.config, self.bias, row, self.experts.multiple)
+        routes = route(self.router.forward(x.float()), self.config, self.bias, row, self.experts.multiple)
+        if self.packed is not None:
+            gate_up, down, *shared = self.packed
+            used = sorted({*routes.expert.flatten().tolist()} - {-1})
+            return ops.moe_experts(x, routes.expert, routes.weight, [gate_up[e] for e in used], [down[e] for e in used], *shared)
         out = ops.moe_combine(self.experts(x, routes, ops.silu_mul), routes.place, routes.weight)
         return out if self.shared is None else out + self.shared(x)

@@ -8,12 +8,13 @@ Contents that a CUDA kernel cannot report without a sync (ids, slots, lengths) s
 from .. import _library as _library  # noqa: F401  (loads _C)
 from .block_attention import block_attention
 from .commit import CommitResult, Rule, commit
+from .decoder_layer import decoder_layer
 from .elementwise import add_rms_norm, rms_norm, silu_mul
 from .filtered_stats import filtered_stats
 from .info import Status, cuda_archs, isa, raise_on_status
 from .kl_stats import kl_stats
 from .logit_stats import LogitStats, logit_stats, new_state, stats_finish, stats_tile
-from .moe_route import Routes, moe_combine, moe_route
+from .moe_route import Routes, moe_combine, moe_experts, moe_route
 from .rope_append import rope_append
 from .uniform import uniform
 from .verify import GreedyResult, RatioResult, verify_greedy, verify_ratio
@@ -30,11 +31,13 @@ __all__ = [
     "block_attention",
     "commit",
     "cuda_archs",
+    "decoder_layer",
     "filtered_stats",
     "isa",
     "kl_stats",
     "logit_stats",
     "moe_combine",
+    "moe_experts",
     "moe_route",
     "new_state",
     "raise_on_status",

@@ -56,6 +56,13 @@ class Experts(torch.nn.Module):
         weight = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
         (self.gate_up if product == "gate_up" else self.down)[expert] = Linear(weight, self.format)
 
+    def packed_weights(self) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+        """gate_up and down of every expert as `moe_experts` takes them; None where they are of another format."""
+        lists = [[part[e].packed_weight for e in range(self.n)] for part in (self.gate_up, self.down)] if not self.grouped else []
+        if not lists or any(weight is None for weights in lists for weight in weights):
+            return None
+        return lists[0], lists[1]
+
     def forward(self, x: torch.Tensor, routes: Routes, middle: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """x: [T, width]. routes: of its rows, with groups padded to `multiple`. middle: maps gate|up [M, 2 inner] to [M, inner].
 

@@ -44,6 +44,7 @@ class Head:
         else:
             self.tiles = [Linear(weight[i : i + tile].contiguous(), format) for i in range(0, self.vocab_size, tile)]
         self.tile = tile
+        self.packed = self._packed_tiles()
         # tiles are views of it; the fused kernel and the tiles sum in another order, and which one runs depends on the number of rows
         self.weight = weight if weight.device.type == "cuda" and format != "tiled" else None
 
@@ -60,7 +61,13 @@ class Head:
         if not head.tiles:
             raise ValueError("Head: there must be at least one tile, got none")
         head.vocab_size = sum(t.out_features for t in head.tiles)
+        head.packed = head._packed_tiles()
         return head
+
+    def _packed_tiles(self) -> list[torch.Tensor] | None:
+        """The tiles as `torch.ops.unmask.head_stats` takes them; None where they are of another format."""
+        packed = [tile.packed_weight for tile in self.tiles]
+        return None if any(tile is None for tile in packed) else packed
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[M, d] -> [M, V], materialised: for tests and for users who ask for logits; the decoder never does."""
@@ -95,6 +102,9 @@ def head_stats(
     shared = dict(forbid=forbid, suppress=suppress, topk=topk, temperature=temperature)
     per_entry = dict(bias_ids=bias_ids, bias=bias, ids=ids, seed=seed, step=step, pos=pos)
     if hidden.device.type == "cpu":
+        if head.packed is not None:
+            lists = (forbid, suppress, bias_ids, bias, ids)
+            return LogitStats(*torch.ops.unmask.head_stats(hidden, head.packed, rows, *lists, topk, temperature, seed, step, pos))
         return _live_entries(hidden, head, rows, shared, per_entry)
     if fused_head_fits(hidden, head, rows.shape[0]):
         lists = (forbid, suppress, bias_ids, bias, ids)
@@ -153,6 +163,7 @@ def _hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9 and has_hopper_kernels()
 
 
+@torch.library.register_fake("unmask::head_stats")
 @torch.library.register_fake("unmask::fused_head_stats")
 def _(hidden, weight, rows, forbid, suppress, bias_ids, bias, ids, topk, temperature, seed, step, pos):
     n = hidden.shape[0] if rows is None else rows.shape[0]

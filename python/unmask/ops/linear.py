@@ -28,6 +28,7 @@ import torch
 from torch.nn import functional as F
 
 from ..errors import SettingError
+from .decoder_layer import packed_products_available
 from .int8 import Digits, Int8Weight, digits
 
 Format = Literal["packed", "packed_fp32", "plain", "tiled", "int8"]
@@ -153,6 +154,15 @@ class Linear(torch.nn.Module):
         x = F.pad(x, (0, 0, 0, -m % TILE_ROWS))
         parts = [F.linear(tile.contiguous(), self._weight, self._bias) for tile in x.split(TILE_ROWS)]
         return parts[0][:m] if len(parts) == 1 else torch.cat(parts)[:m]
+
+    @property
+    def packed_weight(self) -> torch.Tensor | None:
+        """The weight, where an op of ours can multiply by it: format `packed`, and a torch that has the product for C++."""
+        return self._weight if self.format == "packed" and packed_products_available() else None
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self._bias
 
     def prepared(self, x: torch.Tensor) -> torch.Tensor | Digits:
         """x as the product wants it, for callers that multiply one x by several Linears of this format: converted once."""

@@ -78,6 +78,34 @@ def moe_combine(y: torch.Tensor, place: torch.Tensor, weight: torch.Tensor) -> t
     return torch.ops.unmask.moe_combine(y, place, weight)
 
 
+def moe_experts(
+    x: torch.Tensor,
+    expert: torch.Tensor,
+    weight: torch.Tensor,
+    gate_up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    shared_gate_up: torch.Tensor | None = None,
+    shared_down: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """out[t] = sum over j of weight[t, j] * E(x[t]) for E = expert[t, j], as `moe_combine` adds, plus the shared expert's output (rounded).
+
+    E(x) = silu_mul(x gate_up^T) down^T. x: [T, d] float32 or bfloat16 on the CPU. expert: int64 [T, K], -1: none; weight: float32 [T, K].
+    gate_up, down: of each expert that occurs in `expert`, in the order of their numbers: [2 F, d] and [d, F] of x's dtype, packed by
+    `torch.ops.mkldnn._reorder_linear_weight`. shared_gate_up, shared_down: [2 G, d] and [d, G], packed, or None; they take T rows as they
+    are, so T should be a multiple of 16 (see unmask.ops.linear).
+
+    The bits are those of the products, `silu_mul` and `moe_combine` one by one; every expert's rows are padded to a multiple of 16, so a token
+    has the same bits in any batch. Returns [T, d], dense, x's dtype. RuntimeError for wrong dtypes, layouts, shapes, or lists of another
+    length than the number of experts that occur.
+    """
+    return torch.ops.unmask.moe_experts(x, expert, weight, gate_up, down, shared_gate_up, shared_down)
+
+
+@torch.library.register_fake("unmask::moe_experts")
+def _(x, expert, weight, gate_up, down, shared_gate_up, shared_down):
+    return x.new_empty(x.shape)
+
+
 @torch.library.register_fake("unmask::moe_route")
 def _(logits, row, bias, scoring, n_groups, groups_kept, top_k, renormalise, scale, multiple):
     tokens, experts = logits.shape

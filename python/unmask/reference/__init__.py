@@ -2,11 +2,12 @@
 
 from .block_attention import block_attention
 from .commit import commit
+from .decoder_layer import decoder_layer
 from .elementwise import add_rms_norm, rms_norm, silu_mul
 from .filtered_stats import filtered_stats
 from .kl_stats import kl_stats
 from .logit_stats import logit_stats
-from .moe_route import moe_combine, moe_route
+from .moe_route import moe_combine, moe_experts, moe_route
 from .rope_append import rope_append
 from .uniform import philox, uniform
 from .verify import verify_greedy, verify_ratio
@@ -15,10 +16,12 @@ __all__ = [
     "add_rms_norm",
     "block_attention",
     "commit",
+    "decoder_layer",
     "filtered_stats",
     "kl_stats",
     "logit_stats",
     "moe_combine",
+    "moe_experts",
     "moe_route",
     "philox",
     "rms_norm",

@@ -1,4 +1,4 @@
-"""`moe_route` and `moe_combine` as plain tensor code: the definition."""
+"""`moe_route`, `moe_combine` and `moe_experts` as plain tensor code: the definition."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from ..ops.moe_route import SCORINGS, Routes
 from . import _check
+from .elementwise import silu_mul
 
 _OP = "moe_route"
 
@@ -109,3 +110,25 @@ def _check_arguments(logits, row, bias, top_k, n_groups, groups_kept, scale, mul
         _check.fail(_OP, "scale", "finite", scale)
     if not 1 <= multiple <= 1024:
         _check.fail(_OP, "multiple", "1 to 1024", multiple)
+
+
+def moe_experts(
+    x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor, gate_up: list[torch.Tensor], down: list[torch.Tensor],
+    shared_gate_up: torch.Tensor | None = None, shared_down: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """As `ops.moe_experts`, token by token, except that weights are ordinary tensors [N, K]; products are fp32, rounded once."""
+
+    def swiglu(row: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        wide = (row.float() @ first.float().T).to(x.dtype)
+        return (silu_mul(wide).float() @ second.float().T).to(x.dtype)
+
+    used = sorted(set(expert.flatten().tolist()) - {-1})
+    out = torch.zeros_like(x)
+    for t in range(x.shape[0]):
+        total = torch.zeros(x.shape[1])
+        for e, w in zip(expert[t].tolist(), weight[t], strict=True):
+            if e >= 0:
+                i = used.index(e)
+                total += swiglu(x[t : t + 1], gate_up[i], down[i])[0].float() * w
+        out[t] = total.to(x.dtype)
+    return out if shared_gate_up is None else out + swiglu(x, shared_gate_up, shared_down)
