@@ -27,8 +27,10 @@ from tqdm import tqdm
 import bench_memory
 import report
 import timing
-from unmask.decode.backend import Guidance, Kept, ModuleBackend, NativeBackend, Plan, reduce_logits
+from unmask.decode.backend import Guidance, NativeBackend, Plan
 from unmask.decode.engine import Engine
+from unmask.decode.logits import Kept, reduce_logits
+from unmask.decode.module_backend import ModuleBackend
 from unmask.decode.osdt import Table
 from unmask.decode.schedule import AdaBlock, FixedBlocks
 from unmask.decode.soft import SoftMasks

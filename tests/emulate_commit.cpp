@@ -5,18 +5,10 @@
 #include <vector>
 
 #include "cuda/commit.cuh"
+#include "emulate_arguments.h"
 
 using namespace unmask;
 using namespace unmask::cuda;
-
-namespace {
-
-template <class T>
-Strided<T> strided(void* data, int64_t stride) {
-  return {static_cast<T*>(data), stride};
-}
-
-}  // namespace
 
 extern "C" {
 

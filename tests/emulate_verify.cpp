@@ -7,16 +7,12 @@
 
 #include "cuda/verify_greedy.cuh"
 #include "cuda/verify_ratio.cuh"
+#include "emulate_arguments.h"
 
 using namespace unmask;
 using namespace unmask::cuda;
 
 namespace {
-
-template <class T>
-Strided<T> strided(void* data, int64_t stride) {
-  return {static_cast<T*>(data), stride};
-}
 
 int64_t blocks_of(int64_t warps) { return (warps + kWarpsPerBlock - 1) / kWarpsPerBlock; }
 

@@ -381,7 +381,7 @@ BIDIRECTIONAL, CAUSAL_MODEL = dict(n_layers=2), dict(n_layers=2, visibility="blo
 @pytest.mark.parametrize(
     "fields, settings, message",
     [
-        (BIDIRECTIONAL, dict(cache="dkv:refresh_every=no"), "refresh_every must be a int"),
+        (BIDIRECTIONAL, dict(cache="dkv:refresh_every=no"), "refresh_every must be an integer"),
         (BIDIRECTIONAL, dict(cache="dkv:every=3"), "refresh_every, greedy, window"),
         (BIDIRECTIONAL, dict(cache="dkv:greedy=true"), "needs policy='quota' or 'sdar_static' with score='random' or 'leftmost', got policy='threshold'"),
         (BIDIRECTIONAL, dict(cache="dkv:greedy=true", policy="quota"), "with score='confidence'"),

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 import emulated
 from native import native
 from stats_cases import strided
-from test_op_verify import DTYPES, Call, assert_explained, equal, greedy_calls, ids, ratio_calls, spans
 from unmask import ops
+from verify_kit import DTYPES, Call, assert_explained, equal, greedy_calls, ids, ratio_calls, spans
 
 
 def _run(name: str, pointers: tuple, numbers: list, *rest) -> None:

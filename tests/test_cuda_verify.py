@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 
-import test_op_verify as cpu
+import verify_kit as cpu
 from native import native
 from on_gpu import op_on_gpu, to_cuda
 from stats_cases import strided
@@ -45,7 +45,7 @@ def test_production_vocabularies_in_any_layout(dtype, vocab):
 
 
 def test_the_committed_token_is_distributed_as_the_target():
-    """As in test_op_verify.py, drafts and verification on the GPU."""
+    """As in test_op_verify_ratio.py, drafts and verification on the GPU."""
     g = torch.Generator().manual_seed(11)
     p, q = (torch.randn(1, 12, generator=g) * s for s in (1.0, 1.5))
     n = cpu.DRAWS

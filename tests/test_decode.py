@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 import unmask
 from random_models import make, prompts
+from unmask.decode.backend import NativeBackend, make_plan
+from unmask.decode.schedule import FixedBlocks
+from unmask.decode.state import DecodeState
 
 POLICIES = [
     dict(policy="threshold", threshold=0.3),
@@ -277,3 +280,21 @@ def test_peak_of_a_step_holds_no_vocabulary_tensor():
     with Watch():
         unmask.generate(model, [1, 2, 3], max_new_tokens=16, block_size=16, cache="dual", eos_stop=False)
     assert max(sizes) <= 16 * 8192 < 16 * 40000
+
+
+@pytest.mark.parametrize("runs", [None, (((0, 2), (4, 7)), ((3, 6),))], ids=["windows", "runs"])
+def test_what_a_plan_knows_on_the_host(runs):
+    state = DecodeState([[1, 2] + [60] * 6, [3] + [60] * 7], [[True] * 2 + [False] * 6, [True] + [False] * 7], 60, FixedBlocks(4), None, [0, 1], torch.device("cpu"))
+    plan = make_plan(state, ((0, 0, 7, 2, 6), (1, 3, 6, 3, 6)), runs=runs)
+    assert plan.bounds == plan.cu.tolist() == [0, 4, 7]
+    assert [0, *itertools.accumulate(plan.sizes)] == plan.cu_q.tolist()
+    assert plan.token_pos[plan.cand_query].tolist() == [p if p in plan.token_pos[: plan.sizes[0]].tolist() else 0 for p in range(2, 6)] + [3, 4, 5]
+
+
+def test_slots_are_added_before_the_first_forward(model):
+    state = DecodeState([[1, 60, 60]], [[True, False, False]], 60, FixedBlocks(2), None, [0], torch.device("cpu"))
+    backend = NativeBackend(model, state, 60, extra_slots=2)
+    assert backend.add_slots(4) == 5 and (backend.cache.rows, backend.cache.slots) == (1, 9)
+    backend.store(0, 0, 3)
+    with pytest.raises(AssertionError, match="a forward has written"):
+        backend.add_slots(1)

@@ -2,6 +2,7 @@
 #pragma once
 #include <cfloat>
 #include <cmath>
+#include <tuple>
 
 #include "common/logit_stats_args.h"
 #include "common/verify_ratio.h"
@@ -81,6 +82,18 @@ inline RatioInputs read_ratio_inputs(const Checker& check, const RatioArguments&
   a.scale = static_cast<float>(inverse < static_cast<double>(FLT_MAX) ? inverse : static_cast<double>(FLT_MAX));
   a.resample = in.resample;
   return a;
+}
+
+using RatioTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // accepted, next, log_ratio, status
+
+// The op with the schema's arguments; kRun is a backend's part of it.
+template <RatioTensors (*kRun)(const Checker&, const RatioArguments&)>
+RatioTensors verify_ratio_op(const Tensor& p_logits, const Tensor& q_logits, const Tensor& p_row, const Tensor& q_row,
+                             const Tensor& token, const Tensor& cu, const OptTensor& seed, const OptTensor& step,
+                             const OptTensor& pos, const OptTensor& uniforms, const OptTensor& forbid, double temper,
+                             double temperature, bool resample) {
+  return kRun(Checker("verify_ratio", p_logits), {p_logits, q_logits, p_row, q_row, token, cu, seed, step, pos,
+                                                  uniforms, forbid, temper, temperature, resample});
 }
 
 }  // namespace unmask

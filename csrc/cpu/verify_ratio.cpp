@@ -2,7 +2,6 @@
 // position is judged on its merged sums; each span is walked; then all chunks of all rejected positions are drawn from in parallel.
 // Same chunks, same order, same bits at any thread count and in any batch.
 #include <memory>
-#include <tuple>
 #include <vector>
 
 #include "common/id_list.h"
@@ -73,18 +72,11 @@ void draw_tokens(const RatioArgs& a, int64_t chunks, const Sums* sums, const std
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> verify_ratio(const Tensor& p_logits, const Tensor& q_logits,
-                                                        const Tensor& p_row, const Tensor& q_row, const Tensor& token,
-                                                        const Tensor& cu, const OptTensor& seed, const OptTensor& step,
-                                                        const OptTensor& pos, const OptTensor& uniforms,
-                                                        const OptTensor& forbid, double temper, double temperature,
-                                                        bool resample) {
-  const Checker check("verify_ratio", p_logits);
+RatioTensors verify_ratio(const Checker& check, const RatioArguments& in) {
   RatioArgs a{};
-  static_cast<RatioInputs&>(a) = read_ratio_inputs(check, {p_logits, q_logits, p_row, q_row, token, cu, seed, step, pos,
-                                                           uniforms, forbid, temper, temperature, resample});
+  static_cast<RatioInputs&>(a) = read_ratio_inputs(check, in);
   IdList forbidden;
-  forbidden.read(forbid, a.vocab, &a.list_status);
+  forbidden.read(in.forbid, a.vocab, &a.list_status);
   a.forbid = forbidden.ids;
   a.n_forbid = forbidden.n;
   Tensor accepted = empty<1>({a.spans}, ScalarType::Long), next = empty<1>({a.spans}, ScalarType::Long);
@@ -123,4 +115,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> verify_ratio(const Tensor& p_logits, 
 }  // namespace
 }  // namespace unmask::cpu
 
-UNMASK_IMPL(CPU, verify_ratio, &unmask::cpu::verify_ratio)
+UNMASK_IMPL(CPU, verify_ratio, &unmask::verify_ratio_op<&unmask::cpu::verify_ratio>)

@@ -1,7 +1,5 @@
 // verify_ratio on CUDA: checks (the CPU's own), outputs, workspace, three to five launches. No host sync: what is drawn, and where, stays on the
 // device, and a span without a rejection costs the draw nothing but empty warps. CUDA graphs can capture the call. Device code: verify_ratio.cuh.
-#include <tuple>
-
 #include "common/register.h"
 #include "common/verify_ratio_args.h"
 #include "cuda/common/dispatch.h"
@@ -39,44 +37,37 @@ void launch_all(const Launch& launch, const RatioJob& job) {
   launch.check();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> verify_ratio(const Tensor& p_logits, const Tensor& q_logits,
-                                                        const Tensor& p_row, const Tensor& q_row, const Tensor& token,
-                                                        const Tensor& cu, const OptTensor& seed, const OptTensor& step,
-                                                        const OptTensor& pos, const OptTensor& uniforms,
-                                                        const OptTensor& forbid, double temper, double temperature,
-                                                        bool resample) {
-  const Checker check("verify_ratio", p_logits);
+RatioTensors verify_ratio(const Checker& check, const RatioArguments& in) {
+  const Tensor& like = in.p_logits;
   RatioJob job{};
-  job.in = read_ratio_inputs(check, {p_logits, q_logits, p_row, q_row, token, cu, seed, step, pos, uniforms, forbid,
-                                     temper, temperature, resample});
-  const Launch launch(check.op, p_logits);
-  job.forbid = id_set(forbid);
+  job.in = read_ratio_inputs(check, in);
+  const Launch launch(check.op, like);
+  job.forbid = id_set(in.forbid);
   job.chunks = (job.in.vocab + kStatsChunk - 1) / kStatsChunk;
   for (int s = 0; s < 2; ++s) job.dense[s] = can_load_dense(job.in.side[s], job.in.type);
   const int64_t positions = job.in.positions, spans = job.in.spans;
   check.require(positions <= INT32_MAX / job.chunks, "N of p_row", "at most 2147483647 chunks of 4096 ids a side",
                 positions);
-  Tensor accepted = empty(p_logits, {spans}, ScalarType::Long), next = empty(p_logits, {spans}, ScalarType::Long);
-  Tensor log_ratio = empty(p_logits, {positions}, ScalarType::Float),
-         status = empty(p_logits, {spans}, ScalarType::Int);
+  Tensor accepted = empty(like, {spans}, ScalarType::Long), next = empty(like, {spans}, ScalarType::Long);
+  Tensor log_ratio = empty(like, {positions}, ScalarType::Float), status = empty(like, {spans}, ScalarType::Int);
   job.out = {data<int64_t>(accepted), data<int64_t>(next), data<float>(log_ratio), data<int32_t>(status)};
 
   constexpr int64_t kSumWords = sizeof(SumExp) / 4, kDrawWords = sizeof(ResidualDraw) / 4;
-  const Tensor parts = empty(p_logits, {positions, 2, job.chunks, kSumWords}, ScalarType::Float);
-  const Tensor sums = empty(p_logits, {positions, 2, kSumWords}, ScalarType::Float);
-  const Tensor judged = empty(p_logits, {2, positions}, ScalarType::Int);
-  const Tensor rejected = empty(p_logits, {spans}, ScalarType::Long);
-  const Tensor draws = empty(p_logits, {resample ? spans : 0, job.chunks, kDrawWords}, ScalarType::Float);
+  const Tensor parts = empty(like, {positions, 2, job.chunks, kSumWords}, ScalarType::Float);
+  const Tensor sums = empty(like, {positions, 2, kSumWords}, ScalarType::Float);
+  const Tensor judged = empty(like, {2, positions}, ScalarType::Int);
+  const Tensor rejected = empty(like, {spans}, ScalarType::Long);
+  const Tensor draws = empty(like, {in.resample ? spans : 0, job.chunks, kDrawWords}, ScalarType::Float);
   job.parts = static_cast<SumExp*>(parts.mutable_data_ptr());
   job.sums = static_cast<SumExp*>(sums.mutable_data_ptr());
   job.verdict = data<int32_t>(judged), job.bits = job.verdict + positions;
   job.rejected = data<int64_t>(rejected);
   job.draws = static_cast<ResidualDraw*>(draws.mutable_data_ptr());
-  with_float_type(check.op, p_logits, [&](auto type) { launch_all<decltype(type)::value>(launch, job); });
+  with_float_type(check.op, like, [&](auto type) { launch_all<decltype(type)::value>(launch, job); });
   return {std::move(accepted), std::move(next), std::move(log_ratio), std::move(status)};
 }
 
 }  // namespace
 }  // namespace unmask::cuda
 
-UNMASK_IMPL(CUDA, verify_ratio, &unmask::cuda::verify_ratio)
+UNMASK_IMPL(CUDA, verify_ratio, &unmask::verify_ratio_op<&unmask::cuda::verify_ratio>)

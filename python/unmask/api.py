@@ -12,12 +12,13 @@ import torch
 
 from . import ops
 from .decode import daedal_knobs
-from .decode.backend import Guidance, ModuleBackend, NativeBackend
+from .decode.backend import Guidance, NativeBackend
 from .decode.by_length import ByLengthBackend
 from .decode.caches import read_cache
 from .decode.daedal import Daedal, Lengthening
 from .decode.engine import Commit as EngineCommit
 from .decode.engine import Engine, StepRecord
+from .decode.module_backend import ModuleBackend
 from .decode.policy import Policy
 from .decode.scores import check_vocabulary, read_frequencies
 from .decode.shadow import shadow_slots

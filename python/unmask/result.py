@@ -12,9 +12,9 @@ class Result:
 
     text: the generated text, cut at the first EOS and at a stop string; None when the model has no tokenizer. ids: the generated token
     ids before the first EOS (all of them with eos_stop=False). canvas: every token of the row, prompt included. prompt_ids: the prompt.
-    nfe: forwards in which the row took part. rows_forwarded: positions that those forwards took, in all (a cache that goes by layers counts
-    the mean over layers). tokens_per_forward: tokens before the first EOS / nfe. seconds: wall time until the row
-    ended. finish_reason: "eos", "length", "stop" or "invalid" (only with on_invalid="skip"). exact: False where the cache is
+    nfe: forwards in which the row took part. rows_forwarded: positions that those forwards took through the layers, in all (a cache that
+    goes by layers counts the mean over them; rows of the head do not count). tokens_per_forward: tokens before the first EOS / nfe. seconds: wall
+    time until the row ended. finish_reason: "eos", "length", "stop" or "invalid" (only with on_invalid="skip"). exact: False where the cache is
     approximate. settings: every setting as resolved. trace: records of `decode.trace` if asked for, else None. log_prob: of the row's order
     and tokens, for policy="plackett_luce", else None. drafted, accepted: with speculate, the nodes that were verified beside the row itself, and
     those of them that counted (the plain run would have taken nfe + accepted forwards); with "s2d2" tokens that were verified and accepted.

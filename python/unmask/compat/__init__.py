@@ -11,7 +11,8 @@
 | `fast_dllm_v2` | generate | NVlabs/Fast-dLLM, v2/ |
 | `s2d2` | sdar.block_diffusion_generate, llada2.generate_ssd_policy, fast_dllm_v2.generate_ssd_policy | phymhan/S2D2 |
 
-model: one from `unmask.load`, or (the first four) the user's own module. A module is called as the authors call theirs, with past_key_values and
+model: one from `unmask.load`, or (the first four) the user's own module, bare or from `unmask.wrap`, whose mask id and shift then stand where
+the authors' argument is not given. A module is called as the authors call theirs, with past_key_values and
 replace_position where a function has a cache; one whose forward does not name these raises before it is called.
 What the authors' code does on purpose (a forced first position, a forward too many) is the default; what is a bug is off and has a switch.
 """

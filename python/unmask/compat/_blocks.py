@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +17,7 @@ from ..decode.policy import Policy
 from ..decode.schedule import AlignedBlocks
 from ..decode.state import DecodeState, Row
 from ..errors import SettingError
+from ..models.foreign import Foreign
 from ..models.model import Model
 from ..values import integer, number
 from ._loop import LONGEST, _check_native, check_prompt
@@ -23,6 +25,11 @@ from ._loop import LONGEST, _check_native, check_prompt
 
 def check_model(model: object, shifted: bool) -> Model:
     """A block-causal model from unmask.load whose logits stand where the authors' loop reads them."""
+    if isinstance(model, Foreign):
+        raise SettingError(
+            f"model must be one from unmask.load, got {model.name} from unmask.wrap, which cannot store blocks this way; unmask.generate takes it, "
+            "without a cache"
+        )
     if not isinstance(model, Model):
         raise SettingError(f"model must be one from unmask.load, got {type(model).__name__}; another module cannot store blocks this way")
     c = model.config
@@ -57,6 +64,11 @@ def bar(name: str, value: object) -> float:
 
 def ceil_to(n: int, size: int) -> int:
     return -(-n // size) * size
+
+
+def cut(x: list[int], start: int, stop: int) -> list[int]:
+    """x without what is behind the first `stop` from position `start` on."""
+    return x[: next((i + 1 for i in range(start, len(x)) if x[i] == stop), len(x))]
 
 
 class BlockState(DecodeState):
@@ -128,6 +140,14 @@ class BlockLoop:
         self._later.append(what)
 
 
+def one_row(model: Model, prompt: torch.Tensor, length: int, mask_id: int, part: int, quotas: list[int] | None, keyed: bool) -> BlockState:
+    """`length` positions behind prompt int64 [1, P], `part` of them denoised together. keyed: with a seed of torch's default generator."""
+    ids, rest = prompt[0].tolist(), length - prompt.shape[1]
+    canvas, given = ids + [mask_id] * rest, [True] * len(ids) + [False] * rest
+    seeds = torch.randint(0, 2**62, (1,)).tolist() if keyed else [0]
+    return BlockState([canvas], [given], mask_id, AlignedBlocks(part), None, seeds, model.device, quotas=quotas)
+
+
 def prepare(
     model: Model,
     prompt: torch.Tensor,
@@ -145,12 +165,31 @@ def prepare(
     """The loop that fills a canvas of `length` positions behind prompt int64 [1, P], attention being causal over blocks of `block`
     positions and sub_block of them (None: all) denoised together. note: what a forward settled, for BlockLoop.order. engine: more
     arguments of Engine."""
-    ids = prompt[0].tolist()
-    canvas = ids + [mask_id] * (length - len(ids))
-    given = [True] * len(ids) + [False] * (length - len(ids))
-    seeds = torch.randint(0, 2**62, (1,)).tolist() if policy.sampled else [0]
-    state = BlockState([canvas], [given], mask_id, AlignedBlocks(sub_block or block), None, seeds, model.device, quotas=quotas)
+    state = one_row(model, prompt, length, mask_id, sub_block or block, quotas, keyed=policy.sampled)
     backend = NativeBackend(model, state, mask_id)
     backend.attention_block = block  # the argument's, not the config's: SDAR's checkpoints are run with several
     loop = Engine(state, backend, policy, cache=cache, record=note is not None, **engine)
     return BlockLoop(state, loop, backend, block, note)
+
+
+L = TypeVar("L", bound=BlockLoop)
+
+
+class Call:
+    """One call of a family's function, its arguments checked. arguments: what `prepare` takes of them. loop: once `start` has made it."""
+
+    model: Model
+    prompt: torch.Tensor
+    policy: Policy
+    arguments: dict[str, Any]
+    loop: BlockLoop
+
+    @property
+    def given(self) -> int:
+        """Length of the prompt."""
+        return self.prompt.shape[1]
+
+    def start(self, prepare: Callable[..., L], *options: Any, **more: Any) -> L:
+        """The loop that `prepare`, of this module or of s2d2, builds."""
+        self.loop = loop = prepare(self.model, self.prompt, self.policy, *options, **self.arguments, **more)
+        return loop

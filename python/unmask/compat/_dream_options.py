@@ -12,6 +12,7 @@ import torch
 
 from ..decode.policy import MAX_TEMPERATURE, Policy
 from ..errors import SettingError, check_names
+from ..models.foreign import Foreign
 from ..models.model import Model
 from ..values import integer, number
 from . import _loop
@@ -55,7 +56,8 @@ class Options:
     """The options of one call, checked. Attributes as in DEFAULTS, and:
 
     prompt: int64 [B * num_return_sequences, P]. attention_mask: of the same shape or None. new_tokens: positions to fill. mask_id: int.
-    extra: the caller's own keywords, by name, those that were given.
+    extra: the caller's own keywords, by name, those that were given. model: without the wrapper of unmask.wrap; shifted: whether a module's
+    logits are, True where no wrapper says otherwise.
     """
 
     temperature: float
@@ -67,10 +69,11 @@ class Options:
     alg_temp: float | None
 
     def __init__(
-        self, model: torch.nn.Module, inputs: torch.Tensor | None, config: object, kwargs: Mapping[str, Any], extra: tuple[str, ...], algs: tuple[str, ...]
+        self, model: torch.nn.Module | Foreign, inputs: torch.Tensor | None, config: object, kwargs: Mapping[str, Any], extra: tuple[str, ...],
+        algs: tuple[str, ...],
     ):  # fmt: skip
         _loop.check_model(model)
-        self.model = model
+        self.model, self.shifted = (model.module, model.config.shifted) if isinstance(model, Foreign) else (model, True)
         check_names("argument", kwargs, [*DEFAULTS, "attention_mask", *extra])
         self.extra = {n: kwargs[n] for n in extra if n in kwargs}
         own = {n: kwargs.get(n, _field(config, n, default)) for n, default in DEFAULTS.items()}
@@ -89,6 +92,7 @@ class Options:
                 raise SettingError(f"{name} must be True or False, got {own[name]!r}")
         self.return_dict, self.output_history = own["return_dict_in_generate"], own["output_history"]
         self.mask_id = _mask_id(model, own["mask_token_id"])
+        self._longest = _max_positions(model)
         self.new_tokens = self._new_tokens(own, "max_length" in kwargs, inputs.shape[1])
         copies = integer("num_return_sequences", own["num_return_sequences"], 1, _loop.LONGEST)
         mask = kwargs.get("attention_mask")
@@ -104,7 +108,7 @@ class Options:
             return integer("max_new_tokens", own["max_new_tokens"], 1, _loop.LONGEST)
         longest = integer("max_length", own["max_length"], 1, _loop.LONGEST)
         if not explicit and longest == DEFAULTS["max_length"]:
-            longest = min(longest + given, _max_positions(self.model))
+            longest = min(longest + given, self._longest)
         if longest <= given:
             raise SettingError(f"max_length must be above the length of the inputs, {given}, got {longest}; or give max_new_tokens")
         return longest - given
@@ -158,8 +162,8 @@ def _field(config: object, name: str, default: Any) -> Any:
     return config.get(name, default) if isinstance(config, Mapping) else getattr(config, name, default)
 
 
-def _mask_id(model: torch.nn.Module, given: object) -> int:
-    if given is None and isinstance(model, Model):
+def _mask_id(model: torch.nn.Module | Foreign, given: object) -> int:
+    if given is None and isinstance(model, (Model, Foreign)):
         given = model.config.mask_id
     for source in ("generation_config", "config"):
         if given is None:
@@ -169,9 +173,9 @@ def _mask_id(model: torch.nn.Module, given: object) -> int:
     return integer("mask_token_id", given, 0, (1 << 31) - 1)
 
 
-def _max_positions(model: torch.nn.Module) -> int:
+def _max_positions(model: torch.nn.Module | Foreign) -> int:
     config = getattr(model, "config", None)
-    longest = getattr(config, "max_positions" if isinstance(model, Model) else "max_position_embeddings", None)
+    longest = getattr(config, "max_positions" if isinstance(model, (Model, Foreign)) else "max_position_embeddings", None)
     return longest if isinstance(longest, int) else _loop.LONGEST
 
 

@@ -3,27 +3,57 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 import torch
 
-from ..decode.backend import Guidance, ModuleBackend, NativeBackend
+from ..decode.backend import Guidance, NativeBackend
 from ..decode.engine import Engine
+from ..decode.module_backend import ModuleBackend
 from ..decode.module_cache import CachedModule, LLaDACalls, check_cacheable
 from ..decode.policy import MAX_TEMPERATURE, Policy
 from ..decode.schedule import FixedBlocks
 from ..decode.state import DecodeState, Row
 from ..errors import SettingError, check_names
+from ..models.foreign import Foreign
 from ..models.model import Model, check_ids
 from ..values import integer, number
 
 LONGEST = 1 << 20  # positions and steps; more is a mistake, not a request
+P, R = ParamSpec("P"), TypeVar("R")
 REMASKING = {"low_confidence": "confidence", "random": "random"}
 
 
 def check_model(model: object) -> None:
-    if not isinstance(model, torch.nn.Module):
-        raise SettingError(f"model must be a model from unmask.load or a torch.nn.Module, got {type(model).__name__}")
+    """A model from unmask.load, a module, or one from unmask.wrap, whose attention these loops can serve."""
+    if not isinstance(model, (torch.nn.Module, Foreign)):
+        raise SettingError(f"model must be a model from unmask.load or a torch.nn.Module, bare or from unmask.wrap, got {type(model).__name__}")
+    if isinstance(model, Foreign) and isinstance(model.module, Model):
+        raise SettingError("model must not be one from unmask.load inside unmask.wrap; pass the model itself, it knows its mask token and its shift")
+    if isinstance(model, Foreign) and model.config.visibility != "bidirectional":
+        raise SettingError(
+            f"model must be bidirectional, got {model.name} wrapped as {model.config.visibility.replace('_', '-')}: these loops call a module with "
+            "whole canvases; use unmask.generate, which calls it up to the end of its block"
+        )
+
+
+def wrapped_mask(sampler: Callable[P, R]) -> Callable[P, R]:
+    """The sampler, with the wrapper's mask_id for a module from unmask.wrap where the caller gives none: its default is LLaDA-8B's, and only
+    here shows whether it was given."""
+    names = list(inspect.signature(sampler).parameters)
+    place = names.index("mask_id")
+
+    @functools.wraps(sampler)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        model = args[0] if args else kwargs.get(names[0])
+        if isinstance(model, Foreign) and "mask_id" not in kwargs and len(args) <= place:
+            kwargs["mask_id"] = model.config.mask_id
+        return sampler(*args, **kwargs)
+
+    return call
 
 
 def check_prompt(prompt: object, name: str = "prompt") -> None:
@@ -100,7 +130,7 @@ class Loop:
 
 
 def prepare(
-    model: torch.nn.Module,
+    model: torch.nn.Module | Foreign,
     prompt: torch.Tensor,
     policy: Policy,
     *,
@@ -118,10 +148,13 @@ def prepare(
 ) -> Loop:
     """Checks the model against the arguments and builds the loop that decodes gen_length positions after each prompt.
 
-    calls: how a module that is not ours is called where `module(ids, attention_mask=...)` is not it; shifted: whether its logits are.
+    calls: how a module that is not ours is called where `module(ids, attention_mask=...)` is not it; shifted: whether its logits are. One from
+    unmask.wrap is taken out of its wrapper, which says the latter.
     start: canvases int64 [B, P + gen_length] and which positions are undecided, bool, for a module (default: prompts and masks).
     engine: more arguments of Engine.
     """
+    if isinstance(model, Foreign):
+        model, shifted = model.module, model.config.shifted
     b = prompt.shape[0]
     keep = padding(attention_mask, prompt)
     native = isinstance(model, Model) and calls is None
@@ -153,7 +186,7 @@ def prepare(
         full = None
         if attention_mask is not None:
             full = torch.cat([attention_mask, attention_mask.new_ones((b, gen_length))], dim=1)
-        backend = ModuleBackend(model, state, mask_id, guidance, full)
+        backend = ModuleBackend(model, state, mask_id, guidance, full, shifted)
     return Loop(state, Engine(state, backend, policy, cache=cache, **engine), prompt, gen_length, mask_id)
 
 

@@ -21,6 +21,7 @@ import torch
 from ..decode.policy import Policy
 from ..decode.schedule import AdaBlock, FixedBlocks
 from ..errors import SettingError
+from ..models.foreign import Foreign
 from ..values import integer, number
 from . import _loop
 from ._dream_options import DreamModelOutput, Options, block_size, flag
@@ -33,25 +34,27 @@ DREAM_DELIMITERS = (
 """Tokens of Dream's vocabulary that hold a line break; the authors hard-code them."""
 
 
+@_loop.wrapped_mask
 def generate_adablock(
-    model: torch.nn.Module, prompt: torch.Tensor, steps: int = 128, gen_length: int = 128, init_block_length: int = 128,
+    model: torch.nn.Module | Foreign, prompt: torch.Tensor, steps: int = 128, gen_length: int = 128, init_block_length: int = 128,
     temperature: float = 0.0, remasking: str = "low_confidence", mask_id: int = 126336, threshold: float | None = None,
     delimiter_ids: Sequence[int] = (198,), delimiter_threshold: float = math.inf,
 ) -> tuple[torch.Tensor, list, list]:  # fmt: skip
     """Without a cache. Returns (x int64 [B, P + gen_length], nfe_history, block_history): forwards and length of each block.
 
     The authors take one prompt. A batch works here, every row with its own blocks, and then both histories are a list per row.
-    model: from `unmask.load`, or any module that returns logits. threshold: commit every position with confidence >= threshold, at least
-    one; it must be given. steps is not used. init_block_length: the default length. delimiter_ids: token ids, none = fixed blocks.
-    temperature > 0: delimiters are looked for among the sampled tokens. Raises SettingError (a ValueError) for bad arguments.
+    model: from `unmask.load` or `unmask.wrap`, or any module that returns logits. threshold: commit every position with confidence >= threshold, at
+    least one; it must be given. steps is not used. init_block_length: the default length. delimiter_ids: token ids, none = fixed blocks. temperature
+    > 0: delimiters are looked for among the sampled tokens. Raises SettingError (a ValueError) for bad arguments.
     """
     return _generate(
         model, prompt, steps, gen_length, init_block_length, temperature, remasking, mask_id, threshold, delimiter_ids, delimiter_threshold, "none"
     )
 
 
+@_loop.wrapped_mask
 def generate_adablock_prefix_cache(
-    model: torch.nn.Module, prompt: torch.Tensor, steps: int = 128, gen_length: int = 128, init_block_length: int = 128,
+    model: torch.nn.Module | Foreign, prompt: torch.Tensor, steps: int = 128, gen_length: int = 128, init_block_length: int = 128,
     temperature: float = 0.0, remasking: str = "low_confidence", mask_id: int = 126336, threshold: float | None = None,
     delimiter_ids: Sequence[int] = (198,), delimiter_threshold: float = math.inf,
 ) -> tuple[torch.Tensor, list, list]:  # fmt: skip
@@ -64,8 +67,9 @@ def generate_adablock_prefix_cache(
     )
 
 
+@_loop.wrapped_mask
 def generate_adablock_dual_cache(
-    model: torch.nn.Module, prompt: torch.Tensor, steps: int = 128, gen_length: int = 128, init_block_length: int = 128,
+    model: torch.nn.Module | Foreign, prompt: torch.Tensor, steps: int = 128, gen_length: int = 128, init_block_length: int = 128,
     temperature: float = 0.0, remasking: str = "low_confidence", mask_id: int = 126336, threshold: float | None = None,
     delimiter_ids: Sequence[int] = (198,), delimiter_threshold: float = math.inf,
 ) -> tuple[torch.Tensor, list, list]:  # fmt: skip
@@ -79,7 +83,7 @@ def generate_adablock_dual_cache(
 
 
 def dream_generate(
-    model: torch.nn.Module, inputs: torch.Tensor | None = None, generation_config: object = None, **kwargs: Any
+    model: torch.nn.Module | Foreign, inputs: torch.Tensor | None = None, generation_config: object = None, **kwargs: Any
 ) -> DreamModelOutput | torch.Tensor:
     """Dream with adaptive blocks. Arguments and return values as in `unmask.compat.dream.diffusion_generate`, and:
 
@@ -101,7 +105,7 @@ def dream_generate(
 
 
 def dream_generate_parallel(
-    model: torch.nn.Module, inputs: torch.Tensor | None = None, generation_config: object = None, **kwargs: Any
+    model: torch.nn.Module | Foreign, inputs: torch.Tensor | None = None, generation_config: object = None, **kwargs: Any
 ) -> DreamModelOutput | torch.Tensor:
     """Dream in fixed blocks from left to right, without a cache. Arguments and return values as in `unmask.compat.dream.diffusion_generate`, and:
 

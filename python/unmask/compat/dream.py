@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 
-from ..decode.backend import _logits_of
+from ..decode.logits import logits_of
 from ..decode.module_cache import DreamCalls, LLaDACalls
 from ..decode.rules.base import StepView
 from ..decode.schedule import FixedBlocks
 from ..errors import SettingError
+from ..models.foreign import Foreign
 from ..models.model import Model
 from . import _loop
 from ._dream_options import TOP_DOWN, DreamModelOutput, Options, block_size, flag
@@ -41,13 +42,14 @@ _BLOCKS = ("block_length", "dual_cache")
 
 
 def diffusion_generate(
-    model: torch.nn.Module, inputs: torch.Tensor | None = None, generation_config: object = None, **kwargs: Any
+    model: torch.nn.Module | Foreign, inputs: torch.Tensor | None = None, generation_config: object = None, **kwargs: Any
 ) -> DreamModelOutput | torch.Tensor:
     """Fills masks behind the prompts; returns int64 [B, P + new tokens], or with return_dict_in_generate=True a DreamModelOutput.
 
     model: from `unmask.load`, or a module called as the authors call theirs: forward(ids, attention_mask, position_ids), attention_mask being
     "full" or bool [B, 1, L, L]; or plain forward(ids) where nothing is padded. Cached versions: a module that also takes past_key_values,
-    use_cache and, for dual_cache=True, dual_cache and replace_position. Its logits are shifted: those at i are for position i + 1.
+    use_cache and, for dual_cache=True, dual_cache and replace_position. Its logits are shifted: those at i are for position i + 1, unless it is
+    from `unmask.wrap` and the wrapper says otherwise (mask_token_id is then the wrapper's by default).
     inputs: int64 [B, P]. generation_config: an object or dict with the options below; keywords come first.
 
     attention_mask: [B, P], zeros on the left for padding. max_new_tokens; or max_length, with the prompt (default: 20 new tokens). steps 512,
@@ -94,7 +96,7 @@ def _whole_loop(options: Options) -> _loop.Loop:
         policy = options.policy("dream", dict(alg=options.alg, steps=steps, eps=options.eps, alg_temp=options.alg_temp))
     uniforms = _Uniforms(options) if options.extra.get("uniforms") is not None else None
     loop = _prepare(
-        options, policy, calls=hooks.calls, shifted=hooks.calls is None, start=hooks.start, schedule=FixedBlocks(_loop.LONGEST),
+        options, policy, calls=hooks.calls, shifted=hooks.calls is None and options.shifted, start=hooks.start, schedule=FixedBlocks(_loop.LONGEST),
         after_commit=hooks.after if hooks.tokens else None, **settings,
     )  # fmt: skip
     hooks.loop = loop
@@ -126,13 +128,13 @@ def _block_loop(options: Options) -> _loop.Loop:
     return loop
 
 
-def _prepare(options: Options, policy, *, calls: LLaDACalls | None = None, shifted: bool = True, **more: Any) -> _loop.Loop:
-    """The loop; a module that is not ours is called as the authors call theirs."""
+def _prepare(options: Options, policy, *, calls: LLaDACalls | None = None, shifted: bool | None = None, **more: Any) -> _loop.Loop:
+    """The loop; a module that is not ours is called as the authors call theirs. shifted: of what `calls` returns, None = the options'."""
     if calls is None and not isinstance(options.model, Model):
         calls = _calls(options)
     return _loop.prepare(
         options.model, options.prompt, policy, gen_length=options.new_tokens, mask_id=options.mask_id, attention_mask=options.attention_mask,
-        calls=calls, shifted=shifted, **more,
+        calls=calls, shifted=options.shifted if shifted is None else shifted, **more,
     )  # fmt: skip
 
 
@@ -191,7 +193,7 @@ class _Hooks(LLaDACalls):
             )
         self.calls, self.step = self, 0
         self.inner = LLaDACalls() if native else _calls(options)
-        self.shifts = options.model.config.shifted if native else True
+        self.shifts = options.model.config.shifted if native else options.shifted
         self.mask_id = options.mask_id
         self.literal = torch.nn.functional.pad(options.prompt == self.mask_id, (0, options.new_tokens))  # masks that are part of a prompt
         x = torch.nn.functional.pad(options.prompt, (0, options.new_tokens), value=self.mask_id)
@@ -209,7 +211,7 @@ class _Hooks(LLaDACalls):
         return new
 
     def whole(self, module, x, rows, keep):
-        logits = _logits_of(self.inner.whole(module, x, rows, keep), type(module).__name__)
+        logits = logits_of(self.inner.whole(module, x, rows, keep), type(module).__name__)
         if self.shifts:
             logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
         shape = logits.shape

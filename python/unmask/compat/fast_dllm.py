@@ -15,6 +15,7 @@ import torch
 from ..decode.policy import Policy
 from ..decode.schedule import FixedBlocks
 from ..errors import SettingError
+from ..models.foreign import Foreign
 from ..values import number
 from . import _loop
 
@@ -31,23 +32,25 @@ def _revision(sampler):
     return call
 
 
+@_loop.wrapped_mask
 def generate(
-    model: torch.nn.Module, prompt: torch.Tensor, steps: int = 128, gen_length: int = 128, block_length: int = 128, temperature: float = 0.0,
-    remasking: str = "low_confidence", mask_id: int = 126336, threshold: float | None = None, factor: float | None = None,
+    model: torch.nn.Module | Foreign, prompt: torch.Tensor, steps: int = 128, gen_length: int = 128, block_length: int = 128,
+    temperature: float = 0.0, remasking: str = "low_confidence", mask_id: int = 126336, threshold: float | None = None, factor: float | None = None,
 ) -> tuple[torch.Tensor, int]:  # fmt: skip
     """Without a cache. Returns (x int64 [B, P + gen_length], nfe).
 
-    model: from `unmask.load`, or any module that returns logits. threshold: commit every position with confidence >= threshold, at least
-    one (steps is then ignored). factor: the authors' factor rule, its off-by-one included. Neither: `steps` forwards, fixed quotas.
-    A block ends as soon as it holds no mask. Raises SettingError (a ValueError) for bad arguments.
+    model: from `unmask.load` or `unmask.wrap`, or any module that returns logits. threshold: commit every position with confidence >= threshold, at
+    least one (steps is then ignored). factor: the authors' factor rule, its off-by-one included. Neither: `steps` forwards, fixed quotas. A block
+    ends as soon as it holds no mask. Raises SettingError (a ValueError) for bad arguments.
     """
     return _run(model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor, "none", False)
 
 
+@_loop.wrapped_mask
 @_revision
 def generate_with_prefix_cache(
-    model: torch.nn.Module, prompt: torch.Tensor, steps: int = 128, gen_length: int = 128, block_length: int = 128, temperature: float = 0.0,
-    remasking: str = "low_confidence", mask_id: int = 126336, threshold: float | None = None, factor: float | None = None,
+    model: torch.nn.Module | Foreign, prompt: torch.Tensor, steps: int = 128, gen_length: int = 128, block_length: int = 128,
+    temperature: float = 0.0, remasking: str = "low_confidence", mask_id: int = 126336, threshold: float | None = None, factor: float | None = None,
     *, superfluous_forward: bool | None = None,
 ) -> tuple[torch.Tensor, int]:  # fmt: skip
     """K/V of everything before the block is kept from the block's first, full forward. Arguments and return value as in `generate`.
@@ -59,10 +62,11 @@ def generate_with_prefix_cache(
     )
 
 
+@_loop.wrapped_mask
 @_revision
 def generate_with_dual_cache(
-    model: torch.nn.Module, prompt: torch.Tensor, steps: int = 128, gen_length: int = 128, block_length: int = 128, temperature: float = 0.0,
-    remasking: str = "low_confidence", mask_id: int = 126336, threshold: float | None = None, factor: float | None = None,
+    model: torch.nn.Module | Foreign, prompt: torch.Tensor, steps: int = 128, gen_length: int = 128, block_length: int = 128,
+    temperature: float = 0.0, remasking: str = "low_confidence", mask_id: int = 126336, threshold: float | None = None, factor: float | None = None,
     *, superfluous_forward: bool | None = None,
 ) -> tuple[torch.Tensor, int]:  # fmt: skip
     """K/V of everything outside the block is kept from the block's first, full forward. Arguments and return value as in `generate`.

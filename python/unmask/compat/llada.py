@@ -9,6 +9,7 @@ from ..decode.schedule import FixedBlocks
 from ..errors import SettingError
 from ..likelihood import log_likelihood
 from ..likelihood.masks import check_samples
+from ..models.foreign import UNLIMITED, Foreign
 from ..models.model import Model
 from ..values import number
 from . import _loop
@@ -16,8 +17,9 @@ from . import _loop
 EOS_ID, EOT_ID = 126081, 126348  # LLaDA-8B's; the authors' code hard-codes them
 
 
+@_loop.wrapped_mask
 def generate(
-    model: torch.nn.Module,
+    model: torch.nn.Module | Foreign,
     prompt: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     steps: int = 128,
@@ -32,7 +34,8 @@ def generate(
 ) -> torch.Tensor:
     """Fixed-steps denoising, left to right in blocks; returns x int64 [B, P + gen_length].
 
-    model: a model from `unmask.load`, or any module that returns logits [B, L, V] (or an object with `.logits`). prompt: int64 [B, P].
+    model: from `unmask.load`, or any module that returns logits [B, L, V] (or an object with `.logits`), bare or from `unmask.wrap` (then mask_id
+    is by default the wrapper's, and logits are shifted where it says so). prompt: int64 [B, P].
     attention_mask: [B, P], zeros on the left for padding. steps is the number of forwards, also when it exceeds the number of masks (the
     surplus commits nothing, as in the authors' code). cfg_scale: logits u + (w + 1)(c - u), with the prompt masked in u
     (combined before the head, which is linear; in bf16 that rounds once where the authors round twice, so near ties may fall otherwise).
@@ -64,8 +67,9 @@ def generate(
     ).run()[0]  # fmt: skip
 
 
+@_loop.wrapped_mask
 def get_log_likelihood(
-    model: torch.nn.Module,
+    model: torch.nn.Module | Foreign,
     prompt: torch.Tensor,
     answer: torch.Tensor,
     mc_num: int = 128,
@@ -75,9 +79,9 @@ def get_log_likelihood(
 ) -> float:
     """Monte-Carlo estimate of log p(answer | prompt) in nats: `unmask.likelihood.log_likelihood` with the authors' arguments.
 
-    model: a model from `unmask.load`, or any module that returns logits [B, L, V] (or an object with `.logits`). prompt, answer: int64 [P]
-    and [L']. mc_num: samples, a multiple of batch_size. Differences: equal masks are scored once, cross-entropies are in float32, and the
-    masks come from a counter-based generator seeded from torch's default one. Raises SettingError (a ValueError) for bad arguments.
+    model: as in `generate`. prompt, answer: int64 [P] and [L']. mc_num: samples, a multiple of batch_size. Differences: equal masks are scored once,
+    cross-entropies are in float32, and the masks come from a counter-based generator seeded from torch's default one. Raises SettingError (a
+    ValueError) for bad arguments.
     """
     check_samples("mc_num", mc_num, batch_size)
     w = number("cfg_scale", cfg_scale, -1e30, 1e30)
@@ -86,10 +90,11 @@ def get_log_likelihood(
     return log_likelihood(model, prompt, answer, samples=mc_num, batch_size=batch_size, cfg_scale=w, seed=seed, mask_id=mask_id).value
 
 
-def _end_ids(model: torch.nn.Module) -> tuple[int, int]:
+def _end_ids(model: torch.nn.Module | Foreign) -> tuple[int, int]:
     """EOS and EoT: LLaDA-8B's, or the end-of-sequence ids of a smaller model of the same layout."""
-    if not isinstance(model, Model) or EOT_ID < model.config.vocab_size:
+    if not isinstance(model, (Model, Foreign)) or EOT_ID < model.config.vocab_size < UNLIMITED:
         return EOS_ID, EOT_ID
     if not model.config.eos_ids:
-        raise SettingError("logits_eos_inf and confidence_eos_eot_inf need an end-of-sequence id, and this model's config.json names none")
+        todo = "; pass unmask.wrap(module, eos_ids=...)" if isinstance(model, Foreign) else ""
+        raise SettingError(f"logits_eos_inf and confidence_eos_eot_inf need an end-of-sequence id, and this model's config names none{todo}")
     return model.config.eos_ids[0], model.config.eos_ids[-1]

@@ -6,10 +6,8 @@ from __future__ import annotations
 import torch
 
 from ..decode.engine import Commit
-from ..decode.policy import MAX_TEMPERATURE, Policy
-from ..decode.state import Row
-from ..values import integer, number
 from . import _blocks
+from ._llada2 import Call
 
 
 def generate_cached(
@@ -32,10 +30,11 @@ def generate_cached(
     and samples come from a counter-based generator seeded from torch's default one. The block mask is a mask: the authors' copy adds zeros
     and ones to the scores where several blocks are forwarded. Raises SettingError (a ValueError) for bad arguments.
     """
-    return _run(
+    call = Call(
         model, input_ids, temperature, block_length, gen_length, max_gen_toks, top_p, top_k, eos_early_stop, threshold, editing_threshold,
-        max_post_steps, eos_id, mask_id, num_to_transfer, record_decoding_order, return_stats, cached=True,
+        max_post_steps, eos_id, mask_id, num_to_transfer,
     )  # fmt: skip
+    return _run(call, record_decoding_order, return_stats, cached=True)
 
 
 def generate(
@@ -45,61 +44,20 @@ def generate(
     mask_id: int = 156895, num_to_transfer: int = 1, record_decoding_order: bool = False, return_stats: bool = True, **kwargs: object,
 ) -> torch.Tensor | tuple[torch.Tensor, dict]:  # fmt: skip
     """Without a cache: every forward takes everything up to the block's end. Arguments, return value and errors as in `generate_cached`."""
-    return _run(
+    call = Call(
         model, input_ids, temperature, block_length, gen_length, max_gen_toks, top_p, top_k, eos_early_stop, threshold, editing_threshold,
-        max_post_steps, eos_id, mask_id, num_to_transfer, record_decoding_order, return_stats, cached=False,
+        max_post_steps, eos_id, mask_id, num_to_transfer,
     )  # fmt: skip
+    return _run(call, record_decoding_order, return_stats, cached=False)
 
 
-def _run(
-    model, input_ids, temperature, block_length, gen_length, max_gen_toks, top_p, top_k, eos_early_stop, threshold, editing_threshold,
-    max_post_steps, eos_id, mask_id, num_to_transfer, record_decoding_order, return_stats, *, cached,
-):  # fmt: skip
-    model = _blocks.check_model(model, shifted=False)
-    gen_length = gen_length if max_gen_toks is None else max_gen_toks
-    _blocks.check_lengths(block_length=block_length, gen_length=gen_length)
-    prompt = _blocks.check_one_prompt(model, input_ids, mask_id)
-    integer("eos_id", eos_id, 0, (1 << 31) - 1)
-    integer("max_post_steps", max_post_steps, 0, 1 << 16)
-    sampled = float(number("temperature", temperature, 0.0, MAX_TEMPERATURE)) > 0
-    knobs = dict(threshold=_blocks.bar("threshold", threshold), minimum=integer("num_to_transfer", num_to_transfer, 1, 1 << 20))
-    edits = number("editing_threshold", editing_threshold, 0.0, 1e30) < 1.0
-    if edits:
-        knobs.update(edit_threshold=float(editing_threshold), max_post_steps=max_post_steps)
-    policy = Policy(
-        rule="edit" if edits else "llada2", knobs=knobs, temperature=float(temperature), top_p=top_p if sampled else None,
-        top_k=(top_k or None) if sampled else None, top_k_first=True, tempered=sampled,
-    )  # fmt: skip
-    p = prompt.shape[1]
-
-    def store(row: Row) -> None:
-        if cached and row.block_end < row.end:
-            loop.store_block(row)
-
-    loop = _blocks.prepare(
-        model, prompt, policy, length=_blocks.ceil_to(p + gen_length, block_length), mask_id=mask_id, block=block_length,
-        cache="block" if cached else "none", eos_ids=(eos_id,) if eos_early_stop else (), eos_at_block_end=True, block_done=store,
-        min_steps=_OneMore() if not edits and max_post_steps else lambda row: 0, note=_note if record_decoding_order else None,
-    )  # fmt: skip
+def _run(call: Call, record: bool, stats: bool, *, cached: bool) -> torch.Tensor | tuple[torch.Tensor, dict]:
+    loop = call.start(
+        _blocks.prepare, cache="block" if cached else "none", block_done=call.store if cached else None, note=_note if record else None
+    )
     if cached:
-        loop.prefill(p)
-    x = loop.run()[: p + gen_length]
-    end = next((i + 1 for i in range(p, len(x)) if x[i] == eos_id), len(x))
-    out = torch.tensor([x[:end]], dtype=torch.int64, device=model.device)
-    if not return_stats:
-        return out
-    return out, {"nfe": loop.forwards} | ({"decoding_order": loop.order} if record_decoding_order else {})
-
-
-class _OneMore:
-    """The forward that the authors' loop runs on a block without masks where editing is off: it edits nothing and ends the block."""
-
-    def __init__(self):
-        self._full = -1  # the last block that was found without masks
-
-    def __call__(self, row: Row) -> int:
-        first, self._full = self._full != row.block, row.block
-        return row.step + 1 if first else 0
+        loop.prefill(call.given)
+    return call.run(record, stats)
 
 
 def _note(c: Commit) -> dict[str, list]:

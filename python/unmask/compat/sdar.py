@@ -8,16 +8,11 @@ from typing import Any
 import torch
 
 from ..decode.engine import Commit
-from ..decode.policy import MAX_TEMPERATURE, Policy, quota_schedule
 from ..decode.rules.base import StepView
-from ..decode.state import Row
-from ..errors import SettingError, check_names
+from ..errors import SettingError
 from ..ops import LogitStats
-from ..values import integer, number
 from . import _blocks
-
-STRATEGIES = ("low_confidence_dynamic", "low_confidence_static", "sequential")
-GREEDY = 1e-6  # S2D2's port: a temperature below it is none
+from ._sdar import Call
 
 
 def block_diffusion_generate(
@@ -57,51 +52,15 @@ def block_diffusion_generate(
     decided and prompt tokens); the mask token is never predicted; prompt positions never change; ties go to the lowest index; samples come
     from a counter-based generator seeded from torch's default one. Raises SettingError (a ValueError) for bad arguments.
     """
-    model = _blocks.check_model(model, shifted=False)
-    gen_length = gen_length if max_gen_toks is None else max_gen_toks
-    _blocks.check_lengths(block_length=block_length, gen_length=gen_length)
-    integer("denoising_steps", denoising_steps, 1, 1 << 20)
-    check_names("remasking_strategy", [remasking_strategy], STRATEGIES)
-    ids = prompt.get("input_ids") if isinstance(prompt, Mapping) else prompt
-    ids = _blocks.check_one_prompt(model, ids, mask_id, "prompt")
-    stops = [integer(f"stopping_criteria_idx[{i}]", s, 0) for i, s in enumerate(stopping_criteria_idx or ())]
-    p = ids.shape[1]
-
-    def done(row: Row) -> None:
-        loop.store_block(row)
-        if stops and any(t in stops for t in loop.state.canvas[0, p:].tolist()):
-            row.finish_reason = "eos"
-
-    loop = _blocks.prepare(
-        model, ids, _policy(remasking_strategy, confidence_threshold, temperature, top_k, top_p, do_sample, sampled_tokens is not None),
-        length=_blocks.ceil_to(p + gen_length, block_length), mask_id=mask_id, block=block_length,
-        quotas=quota_schedule(block_length, denoising_steps), block_done=done, note=_note if return_forward_stats else None,
+    call = Call(
+        model, prompt.get("input_ids") if isinstance(prompt, Mapping) else prompt, mask_id, gen_length, max_gen_toks, block_length,
+        denoising_steps, temperature, top_k, top_p, remasking_strategy, confidence_threshold, stopping_criteria_idx, do_sample, name="prompt",
+        replay=sampled_tokens is not None,
     )  # fmt: skip
+    loop = call.start(_blocks.prepare, note=_note if return_forward_stats else None)
     if sampled_tokens is not None:
         _Replay(loop, sampled_tokens)
-    loop.prefill(p)
-    x = loop.run()
-    if trim_stop_tokens:
-        decided = [i + 1 for i in range(p, len(x)) if not bool(loop.state.masked[0, i])]
-        x = x[: next((i for i in range(p, len(x)) if x[i] in stops), max(decided, default=p))]
-    out = torch.tensor([x], dtype=torch.int64, device=model.device)
-    return (out, {"decoding_order": loop.order, "total_forward_steps": loop.forwards}) if return_forward_stats else out
-
-
-def _policy(strategy: str, threshold: float, temperature: float, top_k: int, top_p: float, do_sample: bool, replay: bool) -> Policy:
-    number("temperature", temperature, 0.0, MAX_TEMPERATURE)
-    integer("top_k", top_k, 0)
-    number("top_p", top_p, 0.0, 1.0, open_low=True)
-    if replay and (temperature != 1.0 or top_k or top_p < 1.0):
-        raise SettingError(f"sampled_tokens needs temperature=1, top_k=0 and top_p=1, got {temperature}, {top_k} and {top_p}")
-    sampled = do_sample and temperature >= GREEDY and not replay
-    rule, knobs = "sdar_static", {}
-    if strategy == "low_confidence_dynamic":
-        rule, knobs = "sdar_dynamic", dict(threshold=_blocks.bar("confidence_threshold", threshold))
-    return Policy(
-        rule=rule, score="leftmost" if strategy == "sequential" else "confidence", knobs=knobs, temperature=float(temperature) if sampled else 0.0,
-        top_k=(top_k or None) if sampled else None, top_p=top_p if sampled else None, top_k_first=True, tempered=sampled,
-    )  # fmt: skip
+    return call.run(trim_stop_tokens, return_forward_stats)
 
 
 class _Replay:

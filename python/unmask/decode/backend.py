@@ -1,22 +1,21 @@
-"""How a step gets its statistics: from a native model (packed forward, K/V cache, fused head) or from any module that returns logits."""
+"""How a step gets its statistics: its plan, and the backend of a native model (packed forward, K/V cache, fused head)."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import ops
-from ..errors import SettingError
 from ..models.backbone import Forward, LayerRunner
 from ..models.model import Model
 from ..ops import LogitStats
 from ..ops.head_stats import head_stats
 from ..ops.linear import pad_rows
 from .caches.base import Runs
-from .guided import GuidedLogits
+from .logits import Kept, joined_stats, reduce_logits, split_options
 from .shadow import ShadowForward, pack_shadow
 from .state import DecodeState
 
@@ -78,6 +77,11 @@ class Plan:
             return [end - start for _, start, end, _, _ in self.entries]
         return [sum(end - start for start, end in runs) for runs in self.runs]
 
+    @property
+    def bounds(self) -> list[int]:
+        """`cu`, without a read of the device."""
+        return [0, *accumulate(last - first for *_, first, last in self.entries)]
+
 
 def make_plan(
     state: DecodeState, entries: tuple[tuple[int, int, int, int, int], ...], shifted: bool = False, runs: tuple[Runs, ...] | None = None,
@@ -101,7 +105,7 @@ def make_plan(
     cu_q = prefix([w.numel() for w in windows])
     rows = [r for r, *_ in entries]
     reached = None
-    firsts = cu_q[:-1].tolist()
+    firsts = [0, *accumulate(w.numel() for w in windows)][:-1]  # as cu_q, which is on the device
     if runs is None:
         query = [(b - int(shifted)).clamp_min(s) - s + first for b, (_, s, *_), first in zip(blocks, entries, firsts, strict=True)]
     else:
@@ -147,13 +151,6 @@ class Guidance:
     negative: Sequence[Sequence[int]] | None = None
 
 
-class Kept:
-    """Logits of candidates that a rule reads again at the next step. logits: [M, V]; rows: int64 [N], row of each candidate, -1 = none."""
-
-    def __init__(self, logits: torch.Tensor, rows: torch.Tensor):
-        self.logits, self.rows = logits, rows
-
-
 class NativeBackend:
     """A `Model`: one packed forward per step; classifier-free guidance doubles its entries, not its forwards.
 
@@ -187,6 +184,15 @@ class NativeBackend:
     @property
     def logits_dtype(self) -> torch.dtype:
         return self.model.dtype
+
+    def add_slots(self, extra: int) -> int:
+        """Makes the K/V cache anew with `extra` more slots per row and returns the first of them. Before the first forward: what the old one
+        held is gone. The old one goes first, so that the two are never both in memory."""
+        assert self._plan is None, "a forward has written to the cache"
+        rows, slots = self.cache.rows, self.cache.slots
+        del self.cache
+        self.cache = self.model.new_cache(rows, slots + extra)
+        return slots
 
     def stats(self, plan: Plan, live: torch.Tensor, shadow: bool = False, **options) -> LogitStats:
         """Runs the forward of `plan` and reduces the logits of its live candidates. live: bool [N]. options: of `reduce`. shadow: candidates
@@ -243,9 +249,9 @@ class NativeBackend:
             return head_stats(hidden, head, rows, forbid=self.forbid, **options)
         from ..ops.head_stats import head_filtered_stats
 
-        own, more = _split(options)
+        own, more = split_options(options)
         stats = head_filtered_stats(hidden, head, rows, forbid=self.forbid, **filters, **own)
-        return _joined(stats, head_stats(hidden, head, rows, forbid=self.forbid, **more)) if more else stats
+        return joined_stats(stats, head_stats(hidden, head, rows, forbid=self.forbid, **more)) if more else stats
 
     def _candidates(self, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states, and for each candidate the one that predicts it."""
@@ -274,7 +280,8 @@ class NativeBackend:
             return self._packed_as_placed(plan, plan.placed)
         n, b = plan.flat.shape[0], self.kv_rows
         device = plan.flat.device
-        ends = visible_ends(self.state, plan, self.attention_block).to(device)
+        visible = visible_ends(self.state, plan, self.attention_block)
+        ends = visible.to(device)
         row, pos, cu_q, kv_row = [plan.token_row], [plan.token_pos], [plan.cu_q], [plan.row]
         spans = [ends]
         self._null = None
@@ -290,12 +297,11 @@ class NativeBackend:
         row.append(torch.full((total - tokens,), -1, dtype=torch.int64, device=device))
         pos.append(torch.zeros(total - tokens, dtype=torch.int64, device=device))
         end = torch.cat(spans)
-        seg = torch.stack([torch.zeros_like(end), end], dim=1).unsqueeze(1) if plan.keys is None else _segments(plan.keys, end)
+        seg = torch.stack([torch.zeros_like(end), end], dim=1).unsqueeze(1) if plan.keys is None else _segments(plan.keys, visible).to(device)
         position = torch.cat(pos)
         ids = torch.zeros(total, dtype=torch.int64, device=device)
         q_end = None if self.attention_block is None else (position // self.attention_block + 1) * self.attention_block
         return Forward(ids, torch.cat(row), position, position, torch.cat(cu_q), torch.cat(kv_row), seg, q_end)
-
 
     def _packed_as_placed(self, plan: Plan, placed: Placed) -> Forward:
         """The null copy of guidance is laid out as the conditional tokens are, kv_rows further down."""
@@ -322,11 +328,11 @@ class NativeBackend:
 
 
 def _segments(keys: tuple[Runs | None, ...], end: torch.Tensor) -> torch.Tensor:
-    """int64 [B, G, 2]: (start, length) of what each entry sees; None: [0, end)."""
+    """int64 [B, G, 2]: (start, length) of what each entry sees; None: [0, end). On the host, as end is: caches that name keys take no guidance."""
     lists = [[(0, e)] if own is None else list(own) for own, e in zip(keys, end.tolist(), strict=True)]
     most = max(len(own) for own in lists)
     padded = [[(s, e - s) for s, e in own] + [(0, 0)] * (most - len(own)) for own in lists]
-    return torch.tensor(padded, dtype=torch.int64, device=end.device)
+    return torch.tensor(padded, dtype=torch.int64)
 
 
 def visible_ends(state: DecodeState, plan: Plan, attention_block: int | None) -> torch.Tensor:
@@ -388,128 +394,3 @@ class _NullEntries:
         canvas = state.canvas.view(-1).index_select(0, self.source.clamp_min(0))
         prompt = self.negative.index_select(0, (-1 - self.source).clamp_min(0)) if self.negative.numel() else canvas
         ids[n : n + self.source.shape[0]] = torch.where(self.source >= 0, canvas, prompt)
-
-
-def reduce_logits(
-    logits: torch.Tensor | GuidedLogits, rows: torch.Tensor, forbid: torch.Tensor, filters: dict[str, Any] | None, options: dict[str, Any]
-) -> LogitStats:
-    """Statistics of materialised or guided logits [M, V] for rows [N]."""
-    if isinstance(logits, GuidedLogits):
-        if filters is None:
-            return logits.stats(rows, forbid=forbid, **options)
-        kept = _gathered(logits, rows)
-        logits, rows = kept.logits, kept.rows
-    if filters is None:
-        return ops.logit_stats(logits, rows, forbid=forbid, **options)
-    own, more = _split(options)
-    stats = ops.filtered_stats(logits, rows, forbid=forbid, **filters, **own)
-    return _joined(stats, ops.logit_stats(logits, rows, forbid=forbid, **more)) if more else stats
-
-
-def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what the filtered reduction takes, what a second, plain one must add: logits at ids and top-k)."""
-    extra = {n: v for n, v in options.items() if n in ("ids", "topk")}
-    shared = {n: v for n, v in options.items() if n in ("suppress", "bias_ids", "bias")}
-    return {n: v for n, v in options.items() if n not in extra}, shared | extra if extra else {}
-
-
-def _joined(stats: LogitStats, plain: LogitStats) -> LogitStats:
-    """The filtered statistics, with what only the plain reduction reports."""
-    ids = torch.cat([stats.ids[:, :1], plain.ids[:, 1:]], 1)
-    return LogitStats(ids, torch.cat([stats.stats, plain.values[:, stats.stats.shape[1] :]], 1), stats.status | plain.status)
-
-
-class ModuleBackend:
-    """Any `nn.Module`: `module(ids)` returning logits [B, L, V], or an object with `.logits`. Whole canvases of equal length, no cache.
-
-    attention_mask: int or bool [B, L] or None, passed on as `attention_mask=` only when given. shifted: logits at i predict position i + 1.
-    """
-
-    def __init__(
-        self, module: torch.nn.Module, state: DecodeState, mask_id: int, guidance: Guidance | None = None,
-        attention_mask: torch.Tensor | None = None, shifted: bool = False,
-    ):  # fmt: skip
-        self.module, self.state, self.mask_id, self.guidance, self.attention_mask = module, state, mask_id, guidance, attention_mask
-        if guidance is not None and guidance.negative is not None:
-            raise SettingError("negative_prompt needs a model from unmask.load: a module's rows must be equally long")
-        self.forbid = torch.tensor([mask_id], device=state.canvas.device)
-        self.vocab = -1
-        self.attention_block = None
-        self.shifted = shifted
-        self.keep_logits = False
-        self.kept: Kept | None = None
-
-    @property
-    def logits_dtype(self) -> torch.dtype:
-        return self.logits.dtype
-
-    def _check_ids(self, suppress: torch.Tensor | None) -> None:
-        for name, ids in (("mask_id", self.forbid), ("an id to suppress", suppress)):
-            if ids is not None and bool((ids >= self.vocab).any()):
-                raise SettingError(f"{name} must be below the module's vocabulary size {self.vocab}, got {int(ids.max())}")
-
-    def stats(self, plan: Plan, live: torch.Tensor, shadow: bool = False, **options) -> LogitStats:
-        """Runs the module on the canvases of the active rows and reduces the logits of the live candidates."""
-        assert not shadow, "checked before the run: a shadow block needs a model from unmask.load"
-        self.logits = self._call(plan.row, self.state.canvas.shape[1])
-        self._check_vocabulary(options.get("suppress"))
-        return self.reduce(plan, live, **options)
-
-    def _call(self, rows: torch.Tensor, length: int) -> torch.Tensor | GuidedLogits:
-        """Logits [B, length, V] of the first `length` positions of these rows (int64 [B]), guided if asked for."""
-        x = self.state.canvas.index_select(0, rows)[:, :length]
-        if self.guidance:
-            x = torch.cat([x, torch.where(self.state.given.index_select(0, rows)[:, :length], self.mask_id, x)])
-        kwargs = {}
-        if self.attention_mask is not None:
-            mask = self.attention_mask.index_select(0, rows)[:, :length]
-            kwargs["attention_mask"] = torch.cat([mask, mask]) if self.guidance else mask
-        logits = _logits_of(self.module(x, **kwargs), type(self.module).__name__)
-        if self.guidance:
-            logits = GuidedLogits(*logits.chunk(2), self.guidance.weight)
-        if logits.dim() != 3 or logits.shape[:2] != (rows.shape[0], length):
-            raise SettingError(f"the module must return logits [B, L, V] = [{rows.shape[0]}, {length}, any], got {list(logits.shape)}")
-        return logits
-
-    def _check_vocabulary(self, suppress: torch.Tensor | None) -> None:
-        """Once: what the module's vocabulary is shows in its first logits only."""
-        if self.vocab != self.logits.shape[-1]:
-            self.vocab = self.logits.shape[-1]
-            self._check_ids(suppress)
-
-    def rows_forwarded(self, plan: Plan) -> list[float]:
-        """Positions that the last forward of this plan took, per entry: whole canvases, the null inputs too."""
-        return [float(self.state.canvas.shape[1] * (2 if self.guidance else 1))] * len(plan.entries)
-
-    def reduce(self, plan: Plan, live: torch.Tensor, filters: dict[str, Any] | None = None, **options) -> LogitStats:
-        """The reduction alone, over the logits of the last forward."""
-        rows = torch.where(live, self._query(plan), -1)
-        flat = self.logits.reshape(-1, self.logits.shape[-1])
-        if self.keep_logits:
-            self.kept = _gathered(flat, rows)
-            return reduce_logits(self.kept.logits, self.kept.rows, self.forbid, filters, options)
-        return reduce_logits(flat, rows, self.forbid, filters, options)
-
-    def _query(self, plan: Plan) -> torch.Tensor:
-        """int64 [N]: the row of the flattened logits that predicts each candidate."""
-        return plan.cand_entry * self.state.canvas.shape[1] + (plan.cand_pos - int(self.shifted)).clamp_min(0)
-
-
-def _gathered(logits: torch.Tensor | GuidedLogits, rows: torch.Tensor) -> Kept:
-    """A copy of the rows asked for (all candidates on CUDA, where they are not counted on the host)."""
-    if rows.device.type != "cpu":
-        return Kept(logits.index_select(0, rows.clamp_min(0)), torch.where(rows < 0, -1, torch.arange(rows.shape[0], device=rows.device)))
-    live = torch.nonzero(rows >= 0).flatten()
-    place = torch.full_like(rows, -1)
-    place[live] = torch.arange(live.shape[0])
-    return Kept(logits.index_select(0, rows[live]), place)
-
-
-def _logits_of(out: object, module: str) -> torch.Tensor:
-    """The logits in what a module returned."""
-    logits = out if isinstance(out, torch.Tensor) else getattr(out, "logits", None)
-    if not isinstance(logits, torch.Tensor):
-        raise SettingError(f"{module} must return logits [B, L, V] or an object with .logits, got {type(out).__name__}")
-    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise SettingError(f"the logits of {module} must be float32, bfloat16 or float16, got {logits.dtype}")
-    return logits

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..ops import LogitStats
-from .backend import ModuleBackend, Plan
+from .backend import Plan
 from .guided import joined
+from .module_backend import ModuleBackend
 
 
 class ByLengthBackend(ModuleBackend):

@@ -22,10 +22,11 @@ import torch
 from .. import ops
 from ..ops import LogitStats
 from ..ops import Rule as CommitRule
-from .backend import ModuleBackend, NativeBackend, Plan, make_plan
+from .backend import NativeBackend, Plan, make_plan
 from .engine import Commit, StepRecord
 from .growth import eos_confidence, first_masked, insertion_source, lowest
 from .invalid import report_invalid
+from .module_backend import ModuleBackend
 from .policy import Policy
 from .rules.base import StepView
 from .state import DecodeState, Row

@@ -392,7 +392,7 @@ class Engine:
 
     def _records(self, step: StepView, stats, selection, result, remasked, left, before, forwarded) -> list[Commit]:
         out = []
-        bounds = step.plan.cu.tolist()
+        bounds = step.plan.bounds
         score = selection.score
         was_masked, old = before
         for entry, row in enumerate(step.rows):

@@ -20,7 +20,9 @@ import torch
 
 from ..errors import SettingError
 from ..ops import LogitStats
-from .backend import ModuleBackend, Plan, _gathered, _logits_of, reduce_logits
+from .backend import Plan
+from .logits import gathered, logits_of, reduce_logits
+from .module_backend import ModuleBackend
 from .state import DecodeState
 
 Past = Any  # what the module returned as past_key_values: per layer a sequence of tensors
@@ -121,7 +123,7 @@ class CachedModule(ModuleBackend):
         """The reduction alone, over the logits [T0, V] of the last forward: row after row, each its window."""
         rows = torch.where(live, plan.cand_query, -1)
         if self.keep_logits:
-            self.kept = _gathered(self.logits, rows)
+            self.kept = gathered(self.logits, rows)
             return reduce_logits(self.kept.logits, self.kept.rows, self.forbid, filters, options)
         return reduce_logits(self.logits, rows, self.forbid, filters, options)
 
@@ -144,7 +146,7 @@ class CachedModule(ModuleBackend):
                 replace = torch.zeros_like(x, dtype=torch.bool)
                 replace[:, start:end] = True
             out = self.calls.window(self.module, x, rows, start, end, past, replace)
-        logits = _logits_of(out, name)
+        logits = logits_of(out, name)
         if logits.dim() != 3 or logits.shape[:2] != (len(rows), end - start):
             raise SettingError(
                 f"the module must return logits [B, L, V] = [{len(rows)}, {end - start}, any] for ids [{len(rows)}, {end - start}], "

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import SettingError
+from ..models.foreign import Foreign
 from ..values import integer
 from .estimate import Estimate, _shown, check_masks, weighted
 from .masks import LONGEST, Masks
@@ -34,7 +35,7 @@ class Scores:
 
 @torch.no_grad()
 def score_masks(
-    models: torch.nn.Module | Sequence[torch.nn.Module],
+    models: torch.nn.Module | Foreign | Sequence[torch.nn.Module | Foreign],
     ids: torch.Tensor,
     masks: Masks | torch.Tensor,
     weights: torch.Tensor | None = None,
@@ -47,8 +48,8 @@ def score_masks(
 ) -> Scores:
     """Scores every model on the same (sequence, mask, weight) samples.
 
-    models: one or more, each from `unmask.load` or any nn.Module that returns logits, in eval mode. ids: int64 [L], one sequence under all
-    masks, or [N, L], one per mask. masks: Masks over L positions (`sample_masks(...).after(prompt_length)`), or bool [N, L] with
+    models: one or more, each from `unmask.load` or `unmask.wrap`, or any nn.Module that returns logits, in eval mode. ids: int64 [L], one
+    sequence under all masks, or [N, L], one per mask. masks: Masks over L positions (`sample_masks(...).after(prompt_length)`), or bool [N, L] with
     weights floating [N]: a sample's value is its weight times the sum of log-probabilities at its masked positions. Rows of a bool tensor
     count as independent samples. batch_size: most rows of a forward. prompt_length: positions that must not be masked; needed with
     cfg_scale, which masks them in the unconditional input. mask_id, shifted: as in `log_likelihood`, for all models.
@@ -58,7 +59,7 @@ def score_masks(
     has to come from a forward of the training code on the same masks.
     Errors: SettingError before the first forward; InvalidLogits.
     """
-    models = [models] if isinstance(models, torch.nn.Module) else list(models)
+    models = [models] if isinstance(models, (torch.nn.Module, Foreign)) else list(models)
     if not models:
         raise SettingError("models must be at least one model, got none")
     scorers = [scorer_of(model, mask_id, shifted) for model in models]

@@ -8,6 +8,7 @@ import math
 import torch
 
 from ..errors import SettingError, check_names
+from ..models.foreign import Foreign
 from ..values import integer
 from .masks import ESTIMATORS, LONGEST, Masks, chain_masks, check_samples, check_seed, sample_masks
 from .scorer import check_cfg, check_sequence, masked_log_probs, read_ids, scorer_of
@@ -39,7 +40,7 @@ class Estimate:
 
 @torch.no_grad()
 def log_likelihood(
-    model: torch.nn.Module,
+    model: torch.nn.Module | Foreign,
     prompt_ids: object,
     answer_ids: object,
     *,
@@ -54,7 +55,7 @@ def log_likelihood(
 ) -> Estimate:
     """Estimates log p(answer | prompt) in nats. No prompt position is ever masked.
 
-    model: from `unmask.load`, or any nn.Module that returns logits [B, L, V] (or an object with `.logits`), in eval mode.
+    model: from `unmask.load` or `unmask.wrap`, or any nn.Module that returns logits [B, L, V] (or an object with `.logits`), in eval mode.
     prompt_ids, answer_ids: token ids, a list or an int64 tensor [n]; the prompt may be empty.
     estimator:
       "llada": masks of stratified size n, the sum over masked tokens of log p times L' / n, a bound from below in expectation (arXiv
@@ -66,8 +67,8 @@ def log_likelihood(
     `scorer.TOKENS`). cfg_scale: guidance w, logits u + (w + 1)(c - u) with the prompt masked in u; 0 = off. seed: same seed, same masks.
     masks: replay instead of drawing: Masks over the answer, which hold all that an estimator decides, or (for "llada") bool [N, L'], N a
     multiple of batch_size.
-    mask_id, shifted: default: what the model's config says (a module's config: mask_token_id or mask_id, and shifted, else False). shifted:
-    row i of the logits predicts position i + 1.
+    mask_id, shifted: default: what the model's config or wrapper says (a bare module's config: mask_token_id or mask_id, and shifted, else
+    False). shifted: row i of the logits predicts position i + 1.
     Returns an Estimate. There is no gradient. Errors: SettingError before the first forward; InvalidLogits for NaN or nothing but -inf.
     """
     check_names("estimator", [estimator], ESTIMATORS)

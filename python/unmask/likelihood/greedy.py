@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from ..models.foreign import Foreign
 from .scorer import check_cfg, check_sequence, null_input, raise_on_invalid, read_ids, scorer_of, source_rows
 
 
 @torch.no_grad()
 def suffix_greedy_prediction(
-    model: torch.nn.Module,
+    model: torch.nn.Module | Foreign,
     prompt_ids: object,
     answer_ids: object,
     *,

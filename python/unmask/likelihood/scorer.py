@@ -16,10 +16,10 @@ from collections.abc import Callable
 import torch
 
 from .. import ops
-from ..decode.backend import _logits_of
+from ..decode.logits import logits_of
 from ..errors import InvalidLogits, SettingError
 from ..models.backbone import KVCache, full_forward
-from ..models.foreign import _field
+from ..models.foreign import UNLIMITED, Foreign, _field
 from ..models.model import Model
 from ..ops import LogitStats, Status
 from ..ops.head_stats import head_stats
@@ -36,8 +36,7 @@ class NativeScorer:
 
     def __init__(self, model: Model, mask_id: int | None, shifted: bool | None):
         config = model.config
-        if config.visibility != "bidirectional":
-            raise SettingError(f"the model's visibility must be 'bidirectional' for these likelihoods, got {config.visibility!r}")
+        _check_visibility(config.visibility)
         self.model, self.name = model, model.name
         self.mask_id = config.mask_id if mask_id is None else mask_id
         self.shifted = config.shifted if shifted is None else shifted
@@ -66,25 +65,35 @@ class NativeScorer:
 
 
 class ModuleScorer:
-    """Any `nn.Module`: `module(ids)` returning logits [B, L, V], or an object with `.logits`. It is called in the mode that it is in."""
+    """Any `nn.Module`: `module(ids)` returning logits [B, L, V], or an object with `.logits`. It is called in the mode that it is in. One from
+    `unmask.wrap` is called through its wrapper, which knows its mask token and its shift."""
 
-    def __init__(self, module: torch.nn.Module, mask_id: int | None, shifted: bool | None):
+    def __init__(self, module: torch.nn.Module | Foreign, mask_id: int | None, shifted: bool | None):
+        self.module = module
+        if isinstance(module, Foreign):
+            config = module.config
+            _check_visibility(config.visibility)
+            self.name, self.device = module.name, module.device
+            self.mask_id = config.mask_id if mask_id is None else mask_id
+            self.shifted = config.shifted if shifted is None else shifted
+            self.vocab_size, self.max_positions = config.vocab_size, config.max_positions
+            return
         config = getattr(module, "config", None)
-        self.module, self.name = module, type(module).__name__
+        self.name = type(module).__name__
         mask_id = _field(config, "mask_token_id", "mask_id") if mask_id is None else mask_id
         if mask_id is None:
             raise SettingError(f"{self.name} names no mask token (config.mask_token_id or config.mask_id); pass mask_id=")
         self.mask_id = integer("mask_id", mask_id, 0, (1 << 31) - 1)
         self.shifted = bool(_field(config, "shifted")) if shifted is None else shifted
         vocab, longest = _field(config, "vocab_size"), _field(config, "max_sequence_length", "max_position_embeddings")
-        self.vocab_size = vocab if isinstance(vocab, int) else 1 << 31
-        self.max_positions = longest if isinstance(longest, int) else 1 << 31
+        self.vocab_size = vocab if isinstance(vocab, int) else UNLIMITED
+        self.max_positions = longest if isinstance(longest, int) else UNLIMITED
         self.device = next(iter(module.parameters()), torch.empty(0)).device
 
     def stats(self, x: torch.Tensor, null: torch.Tensor | None, at: torch.Tensor, cfg_scale: float, **options) -> list[LogitStats]:
         """See `Scorer`."""
         both = _both(x, null)
-        logits = _logits_of(self.module(both), self.name)
+        logits = logits_of(self.module(both), self.name)
         if logits.dim() != 3 or logits.shape[:2] != both.shape:
             raise SettingError(f"the module must return logits [B, L, V] = {[*both.shape, 'any']}, got {list(logits.shape)}")
         if self.mask_id >= logits.shape[2]:
@@ -108,18 +117,23 @@ Returns LogitStats that together cover the n entries in order."""
 
 
 def scorer_of(model: object, mask_id: object = None, shifted: object = None) -> Scorer:
-    """The scorer of a model. mask_id, shifted: None = what the model's config says. Errors: SettingError."""
-    if not isinstance(model, torch.nn.Module):
-        raise SettingError(f"model must be a model from unmask.load or a torch.nn.Module, got {type(model).__name__}")
+    """The scorer of a model. mask_id, shifted: None = what the model's config or wrapper says. Errors: SettingError."""
+    if not isinstance(model, (torch.nn.Module, Foreign)):
+        raise SettingError(f"model must be a model from unmask.load or a torch.nn.Module, bare or from unmask.wrap, got {type(model).__name__}")
     if shifted is not None and not isinstance(shifted, bool):
         raise SettingError(f"shifted must be True, False or None, got {shifted!r}")
     if mask_id is not None:
         mask_id = integer("mask_id", mask_id, 0, (1 << 31) - 1)
     scorer = NativeScorer(model, mask_id, shifted) if isinstance(model, Model) else ModuleScorer(model, mask_id, shifted)
     if scorer.mask_id >= scorer.vocab_size:
-        own = f"; this model's is {model.config.mask_id}" if isinstance(model, Model) else ""
+        own = f"; this model's is {model.config.mask_id}" if isinstance(model, (Model, Foreign)) else ""
         raise SettingError(f"mask_id must be below the model's vocabulary size {scorer.vocab_size}, got {scorer.mask_id}{own}")
     return scorer
+
+
+def _check_visibility(visibility: str) -> None:
+    if visibility != "bidirectional":
+        raise SettingError(f"the model's visibility must be 'bidirectional' for these likelihoods, got {visibility!r}")
 
 
 def source_rows(scorer: Scorer, row: torch.Tensor, pos: torch.Tensor, length: int) -> torch.Tensor:

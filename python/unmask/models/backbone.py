@@ -103,18 +103,21 @@ class Layer(torch.nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor, f: Forward, kv, inv_freq: torch.Tensor, status) -> torch.Tensor:
         """x: the branch to add to `residual` (in place) before this layer's attention norm; returns the branch after this layer's MLP."""
         c = self.config
-        token_status, entry_status = status
         if self.packed is not None:
             y = ops.decoder_layer(
                 x, residual, *kv, *self.packed, inv_freq, f.row, f.pos, f.slot, f.cu_q, f.kv_row, f.seg, f.q_end, f.mask, c.norm_eps, self.scale,
-                token_status, entry_status,
+                *status,
             )  # fmt: skip
             return y if isinstance(self.mlp, SwiGLU) else self.mlp.forward(y, f.row)
         y = ops.add_rms_norm(residual, x, self.attn_norm, c.norm_eps)
-        q = self.append(y, kv, f.row, f.pos, f.slot, inv_freq, token_status)
-        out, _ = self.attend(q, kv, f.cu_q, f.kv_row, f.seg, f.q_end, f.mask, entry_status)
-        y = ops.add_rms_norm(residual, self.o.forward(out), self.mlp_norm, c.norm_eps)
-        return self.mlp.forward(y, f.row)
+        branch, _, _ = self.attention(y, f, kv, inv_freq, status)
+        return self.mlp.forward(ops.add_rms_norm(residual, branch, self.mlp_norm, c.norm_eps), f.row)
+
+    def attention(self, y: torch.Tensor, f: Forward, kv, inv_freq: torch.Tensor, status) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The attention branch [T, d] of the normed tokens y, with what caches look at: Q [T, Hq, D] and the logsumexps, float32 [T, Hq]."""
+        q = self.append(y, kv, f.row, f.pos, f.slot, inv_freq, status[0])
+        out, lse = self.attend(q, kv, f.cu_q, f.kv_row, f.seg, f.q_end, f.mask, status[1])
+        return self.o.forward(out), q, lse
 
     def append(self, y: torch.Tensor, kv, row, pos, slot, inv_freq: torch.Tensor, status: torch.Tensor | None) -> torch.Tensor:
         """Q [T, Hq, D] of the normed tokens y [T, d], rotated; their K and V are written into the cache. row, pos, slot: as in Forward."""

@@ -175,7 +175,8 @@ def wrap(
     block_size: int | None = None,
     probe: Any = None,
 ) -> Foreign:
-    """A module of yours as a model for `generate`, `stream` and `infill`; `generate(module, ...)` is `generate(wrap(module), ...)`.
+    """A module of yours as a model for `generate`, `stream` and `infill`; `generate(module, ...)` is `generate(wrap(module), ...)`. Bidirectional
+    ones also for `unmask.likelihood` and, in `unmask.compat`, for the functions of LLaDA, Fast-dLLM, AdaBlock and Dream.
 
     module: on the CPU, called as `module(ids)`, ids int64 [B, L] without padding; returns logits [B, L, V] (float32, bfloat16 or float16) or an
     object with `.logits`. It runs without a cache, on rows of one length. What is not given is read from it (see the table of this file).

@@ -30,16 +30,7 @@ MASK_ID, EOS_ID = 156895, 156892
 """Ids of the released vocabulary: <|mask|>, and <|endoftext|>, which also pads."""
 VOCAB_SIZE = 157184
 
-OVERRIDABLE = {
-    "mask_id": ("mask_token_id", 0),
-    "eos_ids": ("eos_token_id", []),
-    "pad_id": ("pad_token_id", None),
-    "max_positions": ("max_position_embeddings", 1),
-    "rope_theta": ("rope_theta", 1.0),
-    "norm_eps": ("rms_norm_eps", 1e-5),
-}
-"""ModelConfig fields that a caller may give where config.json's field is missing or wrong: that field, and a value that
-passes in its place until the caller's is put in."""
+OVERRIDABLE = qwen.OVERRIDABLE
 
 _FIXED: dict[str, tuple[Any, Any]] = {"hidden_act": ("silu", "silu"), "attention_bias": (False, False)}
 _ABSENT = ("quantization_config", "rope_parameters", "clip_qkv", "block_size", "bd_size")

@@ -2,6 +2,9 @@
 
 A row's predictions are kept by position. A drafted step is the policy's own rule on them, with the step's own counters, so quotas, thresholds
 and noise come out as they would; only the forward is missing.
+
+The host reads the device once per depth, for all rows: how many positions a drafted step leaves says where the next one stands. Second guesses
+(tree="positions", "tokens") read it some times more per node, to name the places that they exchange.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
 
 
 class Predictions:
-    """ids: int64 [B L, 1 + K], values: float32 [B L, C], known: bool [B L]: what the last accepted forward says of each canvas position."""
+    """ids: int64 [B L + 1, 1 + K], values: float32 [B L + 1, C], known: bool [B L + 1]: what the last accepted forward says of each canvas
+    position. The last place takes what is not to be kept, so that nobody has to count what is."""
 
     def __init__(self, state: NodeState):
         self._places = state.batch * state.canvas.shape[1]
@@ -32,15 +36,13 @@ class Predictions:
     def note(self, flat: torch.Tensor, stats: LogitStats, chosen: torch.Tensor) -> None:
         """flat: int64 [N], index in the real rows' flattened canvas. chosen: bool [N]."""
         if self.ids is None:
-            self.ids = stats.ids.new_full((self._places, stats.ids.shape[1]), -1)
-            self.values = stats.values.new_zeros((self._places, stats.values.shape[1]))
-            self.known = torch.zeros(self._places, dtype=torch.bool, device=self._device)
-        at = torch.nonzero(chosen & (stats.token >= 0)).flatten()
-        to = flat.index_select(0, at)
-        width = self.values.shape[1]  # a reduction may report more than is kept
-        self.ids[to] = stats.ids.index_select(0, at)[:, : self.ids.shape[1]]
-        self.values[to] = stats.values.index_select(0, at)[:, :width]
-        self.known[to] = True
+            self.ids = stats.ids.new_full((self._places + 1, stats.ids.shape[1]), -1)
+            self.values = stats.values.new_zeros((self._places + 1, stats.values.shape[1]))
+            self.known = torch.zeros(self._places + 1, dtype=torch.bool, device=self._device)
+        to = torch.where(chosen & (stats.token >= 0), flat, self._places)
+        self.ids.index_copy_(0, to, stats.ids[:, : self.ids.shape[1]])  # a reduction may report more than is kept
+        self.values.index_copy_(0, to, stats.values[:, : self.values.shape[1]])
+        self.known.index_fill_(0, to, True)
 
     def read(self, flat: torch.Tensor) -> tuple[LogitStats, torch.Tensor]:
         """(statistics, bool [N] which are known)."""
@@ -138,7 +140,7 @@ class Drafter:
     ) -> None:  # fmt: skip
         """A sibling of the node just grown, with another guess in its least certain place, where there is one."""
         child = tree[-1].view
-        begin, end = step.plan.cu[entry : entry + 2].tolist()
+        begin, end = step.plan.bounds[entry : entry + 2]
         mine = slice(begin, end)
         taken, open_ = live[mine] & committed[mine], live[mine] & ~committed[mine]
         if not bool(taken.any()):

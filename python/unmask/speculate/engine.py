@@ -4,6 +4,9 @@ A plain step is a function of a row's canvas and its counters: forward, statisti
 in one forward (layout.py): after[j] is what the plain run would make of node j. Node 0 is the row as it stands; a node behind it counts if it
 is what its parent became. The row then moves on by as many steps as nodes counted, to after[last], and its next draft (drafts.py) comes from
 the last node's statistics: no forward is spent on drafting. With one node this is the plain run.
+
+Reads of the device per forward, beside the plain step's one: each depth of a draft (the host decides who may grow; drafts.py), which nodes count,
+and, on block-causal models with cache="dual", whether each node's part has begun.
 """
 
 from __future__ import annotations
@@ -139,7 +142,7 @@ class Speculative(Engine):
             if self.chooser is not None:
                 self.chooser.note(len(tree), counted, row.active)
         if most > 1 or self.chooser is not None:
-            self._keep(step, stats, was[0], rows, lasts)
+            self._keep(step, stats, was[0], rows, lasts, left)
         if self.chooser is not None:
             self.chooser.spent(drafting, max(len(t) for t in trees) - 1)
         return commits
@@ -159,12 +162,13 @@ class Speculative(Engine):
         parent = None if chain else torch.tensor(parents, device=device)
         found = ops.verify_greedy(node, result, parent, count, self.nodes.mask_id, self.method.subset)
         paths = []
-        for last, tree in zip(found.last.tolist(), trees, strict=True):
+        lasts, lengths = torch.stack([found.last, found.length]).tolist()
+        for last, tree in zip(lasts, trees, strict=True):
             path = [last]
             while path[-1]:
                 path.append(tree[path[-1]].parent)
             paths.append(path[::-1])
-        assert [len(p) for p in paths] == found.length.tolist(), "a node was skipped: the rule's steps are not as long as their quota"
+        assert [len(p) for p in paths] == lengths, "a node was skipped: the rule's steps are not as long as their quota"
         return paths
 
     def _report(self, step: StepView, stats: LogitStats, invalid: list[int]) -> None:
@@ -181,9 +185,9 @@ class Speculative(Engine):
         report_invalid(shown, own, [int(e == entry) for e in range(step.entries)], self.on_invalid)
         row.finish_reason = "invalid"
 
-    def _keep(self, step: StepView, stats: LogitStats, masked: torch.Tensor, rows: list[Row], lasts: list[int]) -> None:
+    def _keep(self, step: StepView, stats: LogitStats, masked: torch.Tensor, rows: list[Row], lasts: list[int], left: list[int]) -> None:
         """What the last accepted nodes say of the positions that are still masked, and, where a row is about to enter a block or just did, of
-        the positions of that block that their forward reached."""
+        the positions of that block that their forward reached. left: undecided positions of each entry's block after its step."""
         nodes = self.nodes
         chosen = torch.zeros(step.entries, dtype=torch.bool)
         for e in lasts:
@@ -196,7 +200,7 @@ class Speculative(Engine):
         self._last = _Last(step, accepted, options)
         ranges = {}
         for row, e in zip(rows, lasts, strict=True):
-            if e >= 0 and (span := self._ahead(row, step.plan.entries[e])):
+            if e >= 0 and (span := self._ahead(row, step.plan.entries[e], left[e])):
                 ranges[e] = span
         if not ranges:
             return
@@ -206,7 +210,7 @@ class Speculative(Engine):
         live = nodes.masked.view(-1).index_select(0, flat)
         self._drafter.predictions.note(flat, self.backend.reduce(plan, live, **options), live)
 
-    def _ahead(self, row: Row, entry: tuple[int, int, int, int, int]) -> tuple[int, int] | None:
+    def _ahead(self, row: Row, entry: tuple[int, int, int, int, int], left: int) -> tuple[int, int] | None:
         """Positions beyond the step's candidates whose predictions the next draft may want, within what the entry's forward reached."""
         if self.nodes.schedule.adaptive:
             return None
@@ -215,7 +219,6 @@ class Speculative(Engine):
         if row.block_start >= last:  # it has just entered a block
             low, high = row.block_start, row.block_end
         elif row.block_end < row.end and (size is not None or isinstance(self._cache.rule, NoCache)):  # a chain may enter the next one
-            left = int(self.nodes.masked[row.index, row.block_start : row.block_end].sum())
             if left > 2 * self.draft:
                 return None
             low, high = row.block_end, self.nodes.schedule.next_end(row.block_end, row.end)

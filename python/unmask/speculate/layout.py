@@ -44,7 +44,7 @@ def place(state: NodeState, plan: Plan, attention_size: int | None, tree: bool) 
     owned = dataclasses.replace(plan, token_row=plan.token_row % batch)
     q_end = None if attention_size is None else (plan.token_pos // attention_size + 1) * attention_size
     slot = torch.cat(slots).to(device)
-    if tree and len(plan.entries) > len(set(rows.tolist())):
+    if tree and len(plan.entries) > len({v % batch for v, *_ in plan.entries}):
         return dataclasses.replace(owned, placed=_as_tree(state, plan, slots, segments, ends, attention_size))
     return dataclasses.replace(owned, placed=Placed(slot, plan.cu_q, rows, _padded(segments, device), q_end))
 

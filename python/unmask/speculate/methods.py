@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..decode.caches import Block, CacheRule, Dual, NoCache, Prefix
 from ..errors import SettingError, check_names
+from ..settings_text import read_named
 from .s2d2_options import OPTIONS, Options, read_options
 
 if TYPE_CHECKING:
@@ -94,17 +95,13 @@ def read_method(given: object) -> Method | S2D2:
         return given
     if not isinstance(given, str):
         raise SettingError(f"speculate must be a name ({', '.join(NAMES)}) or 'name:setting=value', got {given!r}")
-    name, _, rest = given.partition(":")
-    check_names("speculate", [name], list(NAMES))
-    knobs = {k.name: k for k in OPTIONS} if name == S2D2.name else {}
-    fields = list(knobs) if knobs else [f.name for f in dataclasses.fields(METHODS[name])]
-    values: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals or key not in fields:
-            raise SettingError(f"speculate={given!r}: expected {name}:setting=value,... with settings {', '.join(fields)}; got {part!r}")
-        values[key] = _typed(knobs[key].kind, value) if knobs else value
-    return S2D2(Options(**values)) if knobs else METHODS[name](**values)
+    options = {k.name: k for k in OPTIONS}
+    name, texts = read_named(
+        "speculate", given, NAMES, lambda n: list(options) if n == S2D2.name else [f.name for f in dataclasses.fields(METHODS[n])]
+    )
+    if name == S2D2.name:
+        return S2D2(Options(**{key: _typed(options[key].kind, value) for key, value in texts.items()}))
+    return METHODS[name](**texts)
 
 
 def _typed(kind: str, text: str) -> Any:

@@ -49,9 +49,10 @@ class S2D2Backend(NativeBackend):
             return forward
         assert forward.q_end is not None and self.attention_block is not None
         causal = torch.zeros_like(forward.q_end, dtype=torch.bool)
-        bounds = plan.cu_q.tolist()
-        for i, (index, *_) in enumerate(plan.entries):
-            own = slice(bounds[i], bounds[i + 1])
+        first = 0
+        for (index, *_), size in zip(plan.entries, plan.sizes, strict=True):
+            own = slice(first, first + size)
+            first += size
             causal[own] = self._causal(self.state.rows[index], forward.pos[own])
         return dataclasses.replace(forward, q_end=torch.where(causal, forward.pos + 1, forward.q_end))
 
@@ -64,9 +65,10 @@ class S2D2Backend(NativeBackend):
         causal = before if self.options.cache_ver else torch.zeros_like(before)
         if not self.options.draft_ver:
             return causal
+        until: int | torch.Tensor
         if self.causal_until is not None:
             until = self.causal_until(row)
-        else:
-            masks = torch.nonzero(self.state.masked[row.index, begin:end]).flatten()
-            until = begin + int(masks[0]) if masks.numel() else end
+        else:  # stays on the device
+            place = torch.arange(begin, end, device=pos.device)
+            until = torch.where(self.state.masked[row.index, begin:end], place, end).amin()
         return causal | (~before & (pos < until))

@@ -1,4 +1,9 @@
-"""S2D2's step between the engine's reduction and its commit: the policy's rule, wrapped."""
+"""S2D2's step between the engine's reduction and its commit: the policy's rule, wrapped.
+
+The host decides here, per row: whether to verify, and what falls back on the rule. So a step reads the device once for its statistics and, where a
+row verifies, for what the rule would commit and for the outcome (in stochastic mode also each such row's seed, and the ratios); with another
+transform than the policy's, or routes by a score, for those too. The forwards are long beside it.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +130,7 @@ class Speculation:
 
     def _note_rule(self, step: StepView, selection: Selection, committed: torch.Tensor) -> None:
         """The positions that the policy's rule committed in rows for which nothing else was decided."""
-        bounds = step.plan.cu.tolist()
+        bounds = step.plan.bounds
         for row, a, b in zip(step.rows, bounds[:-1], bounds[1:], strict=True):
             parts = self.parts[row.index]
             if not parts.all:
@@ -137,7 +142,8 @@ class Speculation:
         """One read of the device for all rows."""
         columns = [step.masked, stats.p, score, stats.token, stats.status != 0]
         masked, p, scores, token, bad = torch.stack([c.double() for c in columns]).tolist()
-        out, pos, bounds = [], step.pos.tolist(), step.plan.cu.tolist()
+        out, bounds = [], step.plan.bounds
+        pos = [p for *_, first, last in step.plan.entries for p in range(first, last)]
         for row, a, b in zip(step.rows, bounds[:-1], bounds[1:], strict=True):
             holes = [m > 0 for m in masked[a:b]]
             start, end = first_run(holes)
@@ -294,7 +300,8 @@ class Speculation:
             step.pos.index_select(0, at), temper=self.asked.tempering, temperature=self.transform.temperature or 1.0, uniforms=u, forbid=forbid,
             resample=self.asked.rejected == "resample",
         )  # fmt: skip
-        self._report(step, asked, result.status.tolist())
+        accepted, following, status = torch.stack([result.accepted, result.next, result.status.long()]).tolist()
+        self._report(step, asked, status)
         ratio = result.log_ratio.double().clamp_max(0.0).exp().tolist()
         p: list[float] = []
         q: list[float] = []
@@ -302,7 +309,7 @@ class Speculation:
             p, q = (
                 self._at(self.transform.probabilities(self._allowed(x)), token).tolist() for x in (p_logits.index_select(0, p_rows), q_logits)
             )
-        return _Outcome(result.accepted.tolist(), result.next.tolist(), ratio, p, q)
+        return _Outcome(accepted, following, ratio, p, q)
 
     def _by_definition(
         self, step: StepView, stats: LogitStats, asked: list[_Asked], hidden: torch.Tensor, at: torch.Tensor, cu: list[int], uniforms: list[float]
@@ -334,10 +341,8 @@ class Speculation:
     def _greedy(self, step: StepView, stats: LogitStats, asked: list[_Asked], hidden: torch.Tensor, at: torch.Tensor, cu: list[int]) -> _Outcome:
         backend = self.backend
         best = head_stats(hidden, backend.model.head, None, forbid=backend.forbid, suppress=self.engine._suppress)
-        bits = best.status.tolist()
+        same, token, bits = torch.stack([(best.token == stats.token.index_select(0, at)).long(), best.token, best.status.long()]).tolist()
         self._report(step, asked, [max(bits[a:b]) for a, b in zip(cu, cu[1:], strict=False)])
-        same = (best.token == stats.token.index_select(0, at)).tolist()
-        token = best.token.tolist()
         kept = [acceptance.accepted(same[a:b]) for a, b in zip(cu, cu[1:], strict=False)]
         following = [token[a + k] if a + k < b else -1 for k, a, b in zip(kept, cu, cu[1:], strict=False)]
         return _Outcome(kept, following, [], [], [])

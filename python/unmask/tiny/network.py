@@ -6,14 +6,15 @@ is a checkpoint that any LLaDA loader reads.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
+
+from .checkpoint import load_checkpoint, save_checkpoint
+from .pieces import RMSNorm, attend, rotary_table, split_heads
 
 
 @dataclass(frozen=True)
@@ -68,39 +69,13 @@ class Shape:
         }
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, computed in fp32 whatever the input's dtype."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight, self.eps).to(x.dtype)
-
-
-def rotary_table(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [length, head_dim], each frequency twice (NeoX halves)."""
-    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), inv_freq).repeat(1, 2)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """NeoX rotary embedding of x [B, H, L, D] in fp32: x cos + rotate_half(x) sin."""
-    wide = x.float()
-    low, high = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-high, low), dim=-1) * sin).to(x.dtype)
-
-
 class Block(nn.Module):
     """One LLaDA layer: x + attn_out(attention(attn_norm x)), then x + ff_out(silu(ff_proj h) * up_proj h)."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         width, hidden = shape.d_model, shape.mlp_hidden_size
-        self.n_heads = shape.n_heads
+        self.head_dim = width // shape.n_heads
         self.attn_norm = RMSNorm(width, shape.rms_norm_eps)
         self.ff_norm = RMSNorm(width, shape.rms_norm_eps)
         self.q_proj = nn.Linear(width, width, bias=False)
@@ -111,16 +86,11 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.ff_out = nn.Linear(hidden, width, bias=False)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """[B, L, H*D] -> [B, H, L, D]."""
-        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [B, L, width] -> [B, L, width]; cos, sin [L, D]."""
         h = self.attn_norm(x)
-        q, k = rotate(self._heads(self.q_proj(h)), cos, sin), rotate(self._heads(self.k_proj(h)), cos, sin)
-        attended = F.scaled_dot_product_attention(q, k, self._heads(self.v_proj(h)))
-        x = x + self.attn_out(attended.transpose(1, 2).flatten(-2))
+        q, k, v = (split_heads(part(h), self.head_dim) for part in (self.q_proj, self.k_proj, self.v_proj))
+        x = x + self.attn_out(attend(q, k, v, cos, sin))
         h = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
 
@@ -172,16 +142,6 @@ class Network(nn.Module):
         return self.head(self.hidden(ids))
 
 
-def save_checkpoint(folder: Path, config: dict[str, object], weights: dict[str, Tensor]) -> None:
-    """Write config.json and model.safetensors (fp32); each file appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: w.detach().float().cpu().contiguous() for name, w in weights.items()}
-    (folder / "model.safetensors.part").write_bytes(save(tensors, metadata={"format": "pt"}))
-    (folder / "config.json.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in ("model.safetensors", "config.json"):
-        (folder / f"{name}.part").replace(folder / name)
-
-
 def save_model(folder: Path, shape: Shape, weights: dict[str, Tensor], mask_id: int, eos_id: int) -> None:
     """Write a checkpoint in LLaDA's layout."""
     save_checkpoint(folder, shape.config(mask_id, eos_id), weights)
@@ -189,8 +149,4 @@ def save_model(folder: Path, shape: Shape, weights: dict[str, Tensor], mask_id: 
 
 def load_model(folder: Path) -> tuple[Network, dict[str, object]]:
     """Read a folder written by `save_model`: the network in fp32 on the CPU, and its config."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    shape = Shape(**{field: config[field] for field in Shape.__dataclass_fields__})
-    network = Network(shape)
-    network.load_state_dict({n: w.float() for n, w in load_file(folder / "model.safetensors").items()})
-    return network.eval(), config
+    return load_checkpoint(folder, Network, Shape)

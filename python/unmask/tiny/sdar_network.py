@@ -7,16 +7,16 @@ of a row into one sequence (see block_causal.py), decoding has one copy.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .network import Network, RMSNorm, rotary_table, rotate, save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint
+from .network import Network
+from .pieces import RMSNorm, attend, rotary_table, split_heads
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,6 @@ class Attention(nn.Module):
         super().__init__()
         width, dim = shape.hidden_size, shape.head_dim
         self.head_dim = dim
-        self.grouped = shape.num_key_value_heads != shape.num_attention_heads
         self.q_proj = nn.Linear(width, shape.num_attention_heads * dim, bias=False)
         self.k_proj = nn.Linear(width, shape.num_key_value_heads * dim, bias=False)
         self.v_proj = nn.Linear(width, shape.num_key_value_heads * dim, bias=False)
@@ -80,17 +79,10 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(dim, shape.rms_norm_eps)
         self.k_norm = RMSNorm(dim, shape.rms_norm_eps)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """[B, N, H*D] -> [B, H, N, D]."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         """x [B, N, width], cos and sin [B, 1, N, D], mask bool [B, 1, N, N] (True: the column is seen) -> [B, N, width]."""
-        q = rotate(self.q_norm(self._heads(self.q_proj(x))), cos, sin)
-        k = rotate(self.k_norm(self._heads(self.k_proj(x))), cos, sin)
-        v = self._heads(self.v_proj(x))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)
-        return self.o_proj(attended.transpose(1, 2).flatten(-2))
+        q, k, v = (split_heads(part(x), self.head_dim) for part in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(attend(self.q_norm(q), self.k_norm(k), v, cos, sin, mask))
 
 
 class MLP(nn.Module):
@@ -169,10 +161,7 @@ def save_block_model(
 
 def load_block_model(folder: Path) -> tuple[BlockNetwork, dict[str, object]]:
     """Read a folder written by `save_block_model`: the network in fp32 on the CPU, and its config."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    network = BlockNetwork(BlockShape(**{field: config[field] for field in BlockShape.__dataclass_fields__}))
-    network.load_state_dict({n: w.float() for n, w in load_file(folder / "model.safetensors").items()})
-    return network.eval(), config
+    return load_checkpoint(folder, BlockNetwork, BlockShape)
 
 
 _LAYER_NAMES = {

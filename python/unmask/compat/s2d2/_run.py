@@ -10,13 +10,12 @@ import torch
 
 from ...decode.engine import Commit
 from ...decode.policy import Policy
-from ...decode.schedule import AlignedBlocks
 from ...errors import SettingError, check_names
 from ...models.model import Model
 from ...speculate.acceptance import Keyed, Recorded, Transform
 from ...speculate.s2d2 import Parts, S2D2Backend, S2D2Engine
 from ...speculate.s2d2_options import ESTIMATORS, Options
-from .._blocks import BlockLoop, BlockState
+from .._blocks import BlockLoop, one_row
 
 ROUTES = {
     "mask_span_length": "span", "score_threshold": "score", "score_hysteresis": "hysteresis", "contextual_bandit_ucb": "ucb",
@@ -87,12 +86,8 @@ def prepare(
     **engine: Any,
 ) -> SpeculativeLoop:
     """As `_blocks.prepare`. transform: the verifier's."""
-    ids = prompt[0].tolist()
-    canvas = ids + [mask_id] * (length - len(ids))
-    given = [True] * len(ids) + [False] * (length - len(ids))
     keyed = policy.sampled or uniforms is None or resampled is None
-    seeds = torch.randint(0, 2**62, (1,)).tolist() if keyed else [0]
-    state = BlockState([canvas], [given], mask_id, AlignedBlocks(sub_block or block), None, seeds, model.device, quotas=quotas)
+    state = one_row(model, prompt, length, mask_id, sub_block or block, quotas, keyed)
     backend = S2D2Backend(model, state, mask_id, options, attention_block=block)
     draws = Recorded(Keyed(state.seeds), uniforms, resampled, model.config.vocab_size)
 

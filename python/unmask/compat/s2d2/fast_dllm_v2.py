@@ -7,15 +7,14 @@ from collections.abc import Sequence
 
 import torch
 
-from ...decode.caches import Cache, CacheRule, CacheRun, Dual, attention_block, part_start
+from ...decode.caches import Cache, CacheRun, Dual, attention_block, part_start
+from ...decode.caches.windows import BlockWindow
 from ...decode.engine import Commit
-from ...decode.policy import MAX_TEMPERATURE, Policy
 from ...decode.state import Row
 from ...errors import SettingError
 from ...speculate.acceptance import Transform
-from ...values import integer, number
-from .. import _blocks
-from ..fast_dllm_v2 import Output, _new_tokens
+from ...values import number
+from .._fast_dllm_v2 import Call, Output
 from . import _run
 from .llada2 import ESTIMATORS
 
@@ -83,23 +82,11 @@ def generate_ssd_policy(
     for name, given in (("use_ssd_cache", use_ssd_cache), ("output_scores", output_scores), ("output_hidden_states", output_hidden_states)):
         if given:
             raise SettingError(f"{name} must be False: {'the authors have not written it' if name == 'use_ssd_cache' else 'it is not kept'}")
-    model = _blocks.check_model(model, shifted=True)
-    prompt = _blocks.check_one_prompt(model, input_ids, mask_id)
-    p = prompt.shape[1]
-    new = _new_tokens(p, max_new_tokens if max_gen_toks is None else max_gen_toks, max_length)
-    _blocks.check_lengths(max_new_tokens=new, block_size=block_size, small_block_size=small_block_size)
-    integer("stop_token", stop_token, 0, (1 << 31) - 1)
-    if block_size < 2 or block_size % small_block_size:
-        raise SettingError(
-            f"block_size must be at least 2 and a multiple of small_block_size, got block_size={block_size}, small_block_size={small_block_size}"
-        )
-    sampled = float(number("temperature", temperature, 0.0, MAX_TEMPERATURE)) > 0
+    call = Call(
+        model, input_ids, max_new_tokens, max_gen_toks, max_length, mask_id, threshold, small_block_size, block_size, stop_token, top_p, temperature
+    )
     if top_p is not None:
         number("top_p", top_p, 0.0, 1.0, open_low=True)
-    policy = Policy(
-        rule="llada2", knobs=dict(threshold=_blocks.bar("threshold", threshold)), temperature=float(temperature), top_p=top_p if sampled else None,
-        tempered=sampled,
-    )  # fmt: skip
     options = _run.read(
         dict(
             ssd_ratio_tempering_factor=ssd_ratio_tempering_factor, min_ssd_span_length=min_ssd_span_length, cache_ver=cache_ver, draft_ver=draft_ver,
@@ -112,48 +99,18 @@ def generate_ssd_policy(
         do_verify_policy=do_verify_policy, do_verify_score_type=do_verify_score_type, token_acceptance_estimator=token_acceptance_estimator,
         estimators=ESTIMATORS, rejected="resample" if allow_resample else "leave", ucb_progress="filled",
     )  # fmt: skip
-    blocks = new // block_size
-    opens = p > 0 and p % block_size == 0  # the prefill's last logits give the token behind the prompt
-    end = (p // block_size + blocks) * block_size
-    canvas = end + 1 if blocks else p + int(opens)
-
-    def append(position: int, hidden: torch.Tensor) -> None:
-        """The greedy token of a stored block's last logits."""
-        logits = model.head.logits(hidden[-1:])[0]
-        logits[mask_id] = -torch.inf
-        token = logits.argmax()
-        loop.state.canvas[0, position], loop.state.masked[0, position] = token, False
-        if int(token) == stop_token:
-            loop.row.finish_reason = "eos"
-        loop.note_later([-(position + 0.5)])
-
-    def done(row: Row) -> None:
-        if row.block_end % block_size == 0:
-            append(row.block_end, loop.store_block(row))
 
     def note(c: Commit) -> list:
         parts = loop.parts
         return parts.accepted + [n + 0.5 for n in parts.replaced] + [-n for n in sorted(parts.rule)]
 
-    loop = _run.prepare(
-        model, prompt, policy, options, length=canvas, mask_id=mask_id, block=block_size, sub_block=small_block_size,
-        uniforms=uniforms, resampled=resampled, transform=Transform(float(temperature), 1.0 if top_p is None else top_p),
-        cache=_BlockCache() if use_block_cache else "block", eos_ids=(stop_token,), shifted_window="block", block_done=done, note=note,
+    loop = call.start(
+        _run.prepare, options, uniforms=uniforms, resampled=resampled, transform=Transform(float(temperature), 1.0 if top_p is None else top_p),
+        cache=_BlockCache() if use_block_cache else "block", note=note,
     )  # fmt: skip
     if draft_ver:
         loop.backend.causal_until = _Causal(loop, block_size, small_block_size)
-    hidden = loop.prefill(p)
-    if opens:
-        assert hidden is not None
-        append(p, hidden)
-        loop.begin_again()
-    x = loop.run()
-    x = x[: next((i + 1 for i in range(p, len(x)) if x[i] == stop_token), len(x))]
-    out: torch.Tensor | Output = torch.tensor([x], dtype=torch.int64, device=model.device)
-    if return_dict_in_generate:
-        assert isinstance(out, torch.Tensor)
-        out = Output(out)
-    return (out, {"decoding_order": loop.order, "total_forward_steps": loop.forwards}) if return_decoding_order else out
+    return call.run(return_dict_in_generate, return_decoding_order)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,19 +121,11 @@ class _BlockCache(Dual):
         return _Parts(self, run)
 
 
-class _Parts(Cache):
-    def __init__(self, rule: CacheRule, run: CacheRun):
-        super().__init__(rule, run)
-        self.size: int = run.backend.attention_block
-
+class _Parts(BlockWindow):
     def window(self, row: Row) -> tuple[int, int]:
-        begin, end = attention_block(row, self.size)
-        if row.opened == begin:
+        if row.opened == attention_block(row, self.size)[0]:
             return part_start(row, self.size, self.run.part), row.block_end
-        return min(row.stored, begin), end
-
-    def forwarded(self, row: Row) -> None:
-        row.stored = row.opened = attention_block(row, self.size)[0]
+        return super().window(row)
 
 
 class _Causal:

@@ -7,12 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from ...decode.engine import Commit
-from ...decode.policy import MAX_TEMPERATURE, Policy
-from ...decode.state import Row
 from ...speculate.acceptance import Transform
-from ...values import integer, number
-from .. import _blocks
-from ..llada2 import _OneMore
+from .._llada2 import Call
 from . import _run
 
 ESTIMATORS = ("hard_margin_threshold", "soft_entropy_negexp", "soft_renyi_2_entropy")
@@ -64,20 +60,9 @@ def generate_ssd_policy(
     Differences: as of `compat.llada2`; the verification forwards no token behind the span, which changes nothing; ratio and uniform are compared in
     float64. Raises SettingError (a ValueError) for bad arguments.
     """
-    model = _blocks.check_model(model, shifted=False)
-    gen_length = gen_length if max_gen_toks is None else max_gen_toks
-    _blocks.check_lengths(block_length=block_length, gen_length=gen_length)
-    prompt = _blocks.check_one_prompt(model, input_ids, mask_id)
-    integer("eos_id", eos_id, 0, (1 << 31) - 1)
-    integer("max_post_steps", max_post_steps, 0, 1 << 16)
-    sampled = float(number("temperature", temperature, 0.0, MAX_TEMPERATURE)) > 0
-    knobs = dict(threshold=_blocks.bar("threshold", threshold), minimum=integer("num_to_transfer", num_to_transfer, 1, 1 << 20))
-    edits = number("editing_threshold", editing_threshold, 0.0, 1e30) < 1.0
-    if edits:
-        knobs.update(edit_threshold=float(editing_threshold), max_post_steps=max_post_steps)
-    policy = Policy(
-        rule="edit" if edits else "llada2", knobs=knobs, temperature=float(temperature), top_p=top_p if sampled else None,
-        top_k=(top_k or None) if sampled else None, top_k_first=True, tempered=sampled,
+    call = Call(
+        model, input_ids, temperature, block_length, gen_length, max_gen_toks, top_p, top_k, eos_early_stop, threshold, editing_threshold,
+        max_post_steps, eos_id, mask_id, num_to_transfer,
     )  # fmt: skip
     options = _run.read(
         dict(
@@ -89,11 +74,6 @@ def generate_ssd_policy(
         do_verify_policy=do_verify_policy, do_verify_score_type=do_verify_score_type, token_acceptance_estimator=token_acceptance_estimator,
         estimators=ESTIMATORS, routes=POLICIES,
     )  # fmt: skip
-    p = prompt.shape[1]
-
-    def store(row: Row) -> None:
-        if row.block_end < row.end:
-            loop.store_block(row)
 
     def note(c: Commit) -> dict[str, list]:
         parts = loop.parts
@@ -102,15 +82,8 @@ def generate_ssd_policy(
 
     # top_p and top_k shape q and the estimators at temperature 0 too
     transform = Transform(float(temperature), 1.0 if top_p is None else top_p, top_k or 0, True)
-    loop = _run.prepare(
-        model, prompt, policy, options, length=_blocks.ceil_to(p + gen_length, block_length), mask_id=mask_id, block=block_length,
-        uniforms=uniforms, resampled=resampled, transform=transform, eos_ids=(eos_id,) if eos_early_stop else (), eos_at_block_end=True,
-        block_done=store, min_steps=_OneMore() if not edits and max_post_steps else lambda row: 0, note=note, empty_turns_off=True,
-    )  # fmt: skip
-    loop.prefill(p)
-    x = loop.run()[: p + gen_length]
-    end = next((i + 1 for i in range(p, len(x)) if x[i] == eos_id), len(x))
-    out = torch.tensor([x[:end]], dtype=torch.int64, device=model.device)
-    if not return_stats:
-        return out
-    return out, {"nfe": loop.forwards} | ({"decoding_order": loop.order} if record_decoding_order else {})
+    loop = call.start(
+        _run.prepare, options, uniforms=uniforms, resampled=resampled, transform=transform, block_done=call.store, note=note, empty_turns_off=True
+    )
+    loop.prefill(call.given)
+    return call.run(record_decoding_order, return_stats)

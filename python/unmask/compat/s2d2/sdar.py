@@ -7,13 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from ...decode.engine import Commit
-from ...decode.policy import quota_schedule
-from ...decode.state import Row
-from ...errors import check_names
 from ...speculate.acceptance import Transform
-from ...values import integer
-from .. import _blocks
-from ..sdar import GREEDY, STRATEGIES, _policy
+from .._blocks import bar
+from .._sdar import GREEDY, Call
 from . import _run
 
 
@@ -79,14 +75,10 @@ def block_diffusion_generate(
     something; remasking_strategy="entropy_bounded" is refused (the authors' sums a probability, not a distribution); ratio and uniform are
     compared in float64. Raises SettingError (a ValueError) for bad arguments.
     """
-    model = _blocks.check_model(model, shifted=False)
-    gen_length = gen_length if max_gen_toks is None else max_gen_toks
-    _blocks.check_lengths(block_length=block_length, gen_length=gen_length)
-    integer("denoising_steps", denoising_steps, 1, 1 << 20)
-    check_names("remasking_strategy", [remasking_strategy], STRATEGIES)
-    ids = _blocks.check_one_prompt(model, input_ids, mask_id)
-    stops = [integer(f"stopping_criteria_idx[{i}]", s, 0) for i, s in enumerate(stopping_criteria_idx or ())]
-    policy = _policy(remasking_strategy, confidence_threshold, temperature, top_k, top_p, do_sample, False)
+    call = Call(
+        model, input_ids, mask_id, gen_length, max_gen_toks, block_length, denoising_steps, temperature, top_k, top_p, remasking_strategy,
+        confidence_threshold, stopping_criteria_idx, do_sample,
+    )  # fmt: skip
     by_ratio = ssd_ratio_threshold is not None and ssd_ratio_threshold >= 0
     options = _run.read(
         dict(
@@ -102,14 +94,8 @@ def block_diffusion_generate(
         ),
         do_verify_policy=do_verify_policy, do_verify_score_type=do_verify_score_type, token_acceptance_estimator=token_acceptance_estimator,
         rejected="resample" if allow_resample else "draft", ratio_threshold=ssd_ratio_threshold if by_ratio else None,
-        high_confidence=_blocks.bar("confidence_threshold", confidence_threshold),
+        high_confidence=bar("confidence_threshold", confidence_threshold),
     )  # fmt: skip
-    p = ids.shape[1]
-
-    def done(row: Row) -> None:
-        loop.store_block(row)
-        if stops and any(t in stops for t in loop.state.canvas[0, p:].tolist()):
-            row.finish_reason = "eos"
 
     def note(c: Commit) -> list:
         parts = loop.parts
@@ -121,15 +107,8 @@ def block_diffusion_generate(
 
     opened = [-1]
     plain = temperature < GREEDY
-    loop = _run.prepare(
-        model, ids, policy, options, length=_blocks.ceil_to(p + gen_length, block_length), mask_id=mask_id, block=block_length,
-        uniforms=uniforms, resampled=resampled, quotas=quota_schedule(block_length, denoising_steps), block_done=done, note=note,
+    loop = call.start(
+        _run.prepare, options, uniforms=uniforms, resampled=resampled, note=note,
         transform=Transform() if plain else Transform(float(temperature), top_p, top_k, True),
     )  # fmt: skip
-    loop.prefill(p)
-    x = loop.run()
-    if trim_stop_tokens:
-        decided = [i + 1 for i in range(p, len(x)) if not bool(loop.state.masked[0, i])]
-        x = x[: next((i for i in range(p, len(x)) if x[i] in stops), max(decided, default=p))]
-    out = torch.tensor([x], dtype=torch.int64, device=model.device)
-    return (out, {"decoding_order": loop.order, "total_forward_steps": loop.forwards}) if return_forward_stats else out
+    return call.run(trim_stop_tokens, return_forward_stats)

@@ -34,10 +34,9 @@ class QueryKeeper:
 
     def __call__(self, index: int, layer: Layer, x, residual, f: Forward, kv, inv_freq, status) -> torch.Tensor:
         eps = layer.config.norm_eps
-        q = layer.append(ops.add_rms_norm(residual, x, layer.attn_norm, eps), kv, f.row, f.pos, f.slot, inv_freq, status[0])
-        out, lse = layer.attend(q, kv, f.cu_q, f.kv_row, f.seg, f.q_end, f.mask, status[1])
+        branch, q, lse = layer.attention(ops.add_rms_norm(residual, x, layer.attn_norm, eps), f, kv, inv_freq, status)
         self.layers[index] = Queries(q, lse)
-        return layer.mlp(ops.add_rms_norm(residual, layer.o(out), layer.mlp_norm, eps), f.row)
+        return layer.mlp.forward(ops.add_rms_norm(residual, branch, layer.mlp_norm, eps), f.row)
 
 
 def weights(own: Queries, span: slice, k: torch.Tensor, scale: float) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ...errors import SettingError
+from ...settings_text import read_named
 from ...values import integer, number
 
 if TYPE_CHECKING:
@@ -139,22 +140,9 @@ class Cache:
 
 def from_text(text: str, kinds: Mapping[str, type[CacheRule]]) -> CacheRule:
     """"name" or "name:setting=value,setting=value"."""
-    name, _, rest = text.partition(":")
-    if name not in kinds:
-        from ...errors import check_names
-
-        check_names("cache", [name], list(kinds))
-    fields = {f.name: f for f in dataclasses.fields(kinds[name])}
-    values: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals or key not in fields:
-            allowed = ", ".join(fields) or "none: it has no settings"
-            raise SettingError(f"cache={text!r}: expected {name}:setting=value,... with settings {allowed}, got {part!r}")
-        if key in values:
-            raise SettingError(f"cache={text!r}: {key} is given twice; give it once")
-        values[key] = _value(text, key, value, fields[key].default)
-    return kinds[name](**values)
+    name, given = read_named("cache", text, kinds, lambda n: [f.name for f in dataclasses.fields(kinds[n])])
+    defaults = {f.name: f.default for f in dataclasses.fields(kinds[name])}
+    return kinds[name](**{key: _value(text, key, value, defaults[key]) for key, value in given.items()})
 
 
 def _value(text: str, key: str, value: str, default: Any) -> Any:
@@ -164,4 +152,5 @@ def _value(text: str, key: str, value: str, default: Any) -> Any:
             return {"true": True, "false": False}[value.lower()]
         return type(default)(value)
     except (ValueError, KeyError):
-        raise SettingError(f"cache={text!r}: {key} must be a {type(default).__name__}, got {value!r}") from None
+        allowed = {bool: "true or false", int: "an integer", float: "a number"}.get(type(default), f"a {type(default).__name__}")
+        raise SettingError(f"cache={text!r}: {key} must be {allowed}, got {value!r}") from None

@@ -161,11 +161,9 @@ class _DLLM(Cache):
         attention, mlp = self._attention[index], self._mlp[index]
         y = ops.add_rms_norm(residual, x, layer.attn_norm, eps)
         if index == 0 or parts.whole:
-            q = layer.append(y, kv, f.row, f.pos, f.slot, inv_freq, status[0])
-            out, _ = layer.attend(q, kv, f.cu_q, f.kv_row, f.seg, f.q_end, f.mask, status[1])
-            out = layer.o(out)
+            out, _, _ = layer.attention(y, f, kv, inv_freq, status)
             attention.index_copy_(0, flat, out[:n])
-            x = layer.mlp(ops.add_rms_norm(residual, out, layer.mlp_norm, eps), f.row)
+            x = layer.mlp.forward(ops.add_rms_norm(residual, out, layer.mlp_norm, eps), f.row)
             mlp.index_copy_(0, flat, x[:n])
             return x
         likeness = self._likeness(index, layer, y, f, kv) if parts.choose.numel() else None

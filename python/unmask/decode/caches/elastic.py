@@ -137,10 +137,9 @@ class _Elastic(Cache):
         eps, n = layer.config.norm_eps, self._plan.flat.shape[0]
         y = ops.add_rms_norm(residual, x, layer.attn_norm, eps)
         self._hidden[index].index_copy_(0, self._plan.flat, residual[:n])
-        q = layer.append(y, kv, f.row, f.pos, f.slot, inv_freq, status[0])
-        out, lse = layer.attend(q, kv, f.cu_q, f.kv_row, f.seg, f.q_end, f.mask, status[1])
+        branch, q, lse = layer.attention(y, f, kv, inv_freq, status)
         self._queries.append(Queries(q, lse))
-        x = layer.mlp(ops.add_rms_norm(residual, layer.o(out), layer.mlp_norm, eps), f.row)
+        x = layer.mlp.forward(ops.add_rms_norm(residual, branch, layer.mlp_norm, eps), f.row)
         if index == len(self._layers) - 1:
             self._finish(x, residual, f, inv_freq)
         return x

@@ -15,8 +15,9 @@ Not settled by the README (the code is not public): the layer whose keys count (
 head, averaged over heads) and how the count is rounded (up). Its ratios per modality have no meaning for text alone.
 
 c of a token comes from the forward that stored its K and V (block-causal), or from the last warm-up step (bidirectional: one pass of the head
-over the prefix per block; none with alpha=1). On bidirectional models with shifted logits the position before the block is forwarded with it
-and always seen. Refused: keep_ratio below 1 on block-causal models with shifted logits (Fast-dLLM v2; that position would see part of the
+over the prefix per block; none with alpha=1). These read hidden states of a forward that is counted already, no layer runs again: the head's rows
+are none of Result.rows_forwarded, here as elsewhere. On bidirectional models with shifted logits the position before the block is forwarded with
+it and always seen. Refused: keep_ratio below 1 on block-causal models with shifted logits (Fast-dLLM v2; that position would see part of the
 block behind it, and its stored K and V must not) and blocks longer than the model's own.
 """
 
@@ -91,10 +92,7 @@ class _Pruned(Cache):
         state = run.state
         self._confidence = torch.zeros(state.canvas.shape, dtype=torch.float64, device=run.device)
         if rule.keep_ratio < 1:
-            own = run.backend.cache  # nothing is in it yet: made anew with room for copies of what is kept
-            rows, self._scratch, run.backend.cache = own.rows, own.slots, None
-            del own
-            run.backend.cache = run.backend.model.new_cache(rows, self._scratch + self._count(state.canvas.shape[1]))
+            self._scratch = run.backend.add_slots(self._count(state.canvas.shape[1]))  # for copies of what is kept
 
     def _count(self, prefix: int) -> int:
         return min(prefix, math.ceil(self.rule.keep_ratio * prefix - 1e-9))

@@ -62,7 +62,7 @@ class NoCache(CacheRule):
         return True
 
     def start(self, run: CacheRun) -> Cache:
-        return (_Window if run.backend.attention_block is None else _BlockWindow)(self, run)
+        return (_Window if run.backend.attention_block is None else BlockWindow)(self, run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Block(CacheRule):
         return True
 
     def start(self, run: CacheRun) -> Cache:
-        return _BlockWindow(self, run)
+        return BlockWindow(self, run)
 
 
 class _Window(Cache):
@@ -134,7 +134,7 @@ class _Window(Cache):
         return 0, row.end
 
 
-class _BlockWindow(Cache):
+class BlockWindow(Cache):
     """none, block on a block-causal model."""
 
     def __init__(self, rule: CacheRule, run: CacheRun):
@@ -149,9 +149,9 @@ class _BlockWindow(Cache):
         row.stored = row.opened = attention_block(row, self.size)[0]
 
 
-class _PartWindow(_BlockWindow):
+class _PartWindow(BlockWindow):
     """dual on a block-causal model: the whole block until the first position of the part being decoded is known (its K/V would else be those
-    of a mask for everyone behind it), as Fast-dLLM v2 does."""
+    of a mask for everyone behind it), as Fast-dLLM v2 does. Whether it is known is one read of the device per step: the next window depends on it."""
 
     def window(self, row: Row) -> tuple[int, int]:
         begin, _ = attention_block(row, self.size)
@@ -160,6 +160,9 @@ class _PartWindow(_BlockWindow):
         return super().window(row)
 
     def moved(self, rows: list[Row]) -> None:
-        for row in rows:
-            first = part_start(row, self.size, self.run.part)
-            row.first_known = not bool(self.run.state.masked[row.index, first])
+        if not rows:
+            return
+        masked = self.run.state.masked
+        at = [row.index * masked.shape[1] + part_start(row, self.size, self.run.part) for row in rows]
+        for row, undecided in zip(rows, masked.view(-1)[at].tolist(), strict=True):
+            row.first_known = not undecided
