@@ -12,13 +12,14 @@ import torch
 
 from test_cli import _one_thread, cli  # noqa: F401  (fixtures)
 from unmask.cli import doctor, examples
+from unmask.ops import linear
 
 
 def test_doctor(cli):  # noqa: F811
     code, out, err = cli("doctor")
     assert code == 0 and err == "", out
     assert "ISA" in out and "models are looked for" in out and "all is well" in out
-    count = len(set(doctor.kernels()) - doctor.GPU_ONLY)
+    count = len(set(doctor.kernels()) - set(doctor.not_here()))
     assert f"self-test {count}/{count} ops agree" in out
     assert "CPU-only build" in out or "CUDA kernels for sm_" in out
 
@@ -27,11 +28,11 @@ def test_doctor_json(cli):  # noqa: F811
     code, out, _ = cli("doctor", "--json")
     report = json.loads(out)
     assert code == 0 and report["failures"] == [] and report["versions"]["torch"] == torch.__version__
-    assert report["self_test_seconds"] < 5 and set(report["self_test"]) == set(report["kernels"]) - doctor.GPU_ONLY
+    assert report["self_test_seconds"] < 5 and set(report["self_test"]) == set(report["kernels"]) - set(doctor.not_here())
 
 
 def test_every_op_has_a_self_test():
-    assert sorted(e.op for e in examples.examples()) == sorted(set(doctor.kernels()) - doctor.GPU_ONLY)
+    assert sorted(e.op for e in examples.examples()) == sorted(set(doctor.kernels()) - set(doctor.not_here()))
 
 
 @pytest.mark.parametrize("example", examples.examples(), ids=lambda e: e.op)
@@ -92,3 +93,11 @@ def _run(fn):
     from unmask._timing import _takes_index
 
     return fn(0) if _takes_index(fn) else fn()
+
+
+def test_doctor_on_a_torch_without_packed_weights(cli, monkeypatch):  # noqa: F811
+    """Ops around packed weights are not expected to run there, and nothing fails."""
+    monkeypatch.setattr(linear, "packed_weights_available", lambda: False)
+    monkeypatch.setattr(examples, "packed_weights_available", lambda: False)
+    code, out, _ = cli("doctor")
+    assert code == 0 and out.count("with a torch that has oneDNN") == len(doctor.PACKED_ONLY) and "all is well" in out

@@ -84,6 +84,16 @@ def gemm_formats() -> dict[str, str]:
 
 # Ops for one kind of GPU; another op serves every other machine (fused_head_stats: stats_tile). Tested by bench/gpu_check.sh.
 GPU_ONLY = frozenset({"fused_head_stats"})
+# Ops around oneDNN's packed weights; their parts serve a torch built without it.
+PACKED_ONLY = frozenset({"decoder_layer", "head_stats", "moe_experts"})
+
+
+def not_here() -> dict[str, str]:
+    """Op that this machine or torch cannot run -> where it can."""
+    from ..ops.linear import packed_weights_available
+
+    packed = {} if packed_weights_available() else dict.fromkeys(PACKED_ONLY, "with a torch that has oneDNN")
+    return dict.fromkeys(GPU_ONLY, "by bench/gpu_check.sh, on a GPU") | packed
 
 
 def kernels() -> dict[str, list[str]]:
@@ -115,9 +125,10 @@ def self_test() -> dict[str, list[str]]:
     except Exception as e:  # whatever is broken here must be reported, not crash the report
         return {"all": [f"the self-test cannot be set up: {e}"]}
     found: dict[str, list[str]] = {}
+    elsewhere = not_here()
     with torch.inference_mode():
         for name in kernels():
-            if name in GPU_ONLY:
+            if name in elsewhere:
                 continue
             if name not in tests:
                 found[name] = ["has no self-test"]
@@ -169,10 +180,10 @@ def written(report: dict[str, Any]) -> list[str]:
         "extras   " + ", ".join(f"{name} {v[name] or 'missing: ' + use}" for name, use in EXTRAS.items())
     )
     lines.append("kernels  " + "op".ljust(18) + "CPU  CUDA  self-test")
+    elsewhere = not_here()
     for name, keys in report["kernels"].items():
         test = "ok" if not report["self_test"].get(name, ["not run"]) else "FAIL"
-        if name in GPU_ONLY:
-            test = "by bench/gpu_check.sh, on a GPU"
+        test = elsewhere.get(name, test)
         marks = "  ".join(("yes" if key in keys else "-").ljust(len(key)) for key in ("CPU", "CUDA"))
         lines.append(f"         {name.ljust(18)}{marks}  {test}")
     passed = sum(not lines_ for lines_ in report["self_test"].values())

@@ -61,6 +61,11 @@ def packing_available(dtype: torch.dtype = torch.float32) -> bool:
         return False
 
 
+def packed_weights_available() -> bool:
+    """True if this torch packs weights and multiplies by them in an op of ours too."""
+    return packing_available(torch.float32) and packed_products_available()
+
+
 def cpu_has_bf16_dot() -> bool:
     """True if this CPU multiplies bf16 natively (AVX-512 BF16), so that the library's bf16 GEMM is the fast one."""
     from .info import best_isa
