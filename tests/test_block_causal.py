@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -370,6 +372,8 @@ def test_sdar_samples_by_torchs_seed_and_replays_what_it_drew():
     for wrong_tokens in ([[1, 2]], [[1, 2, 3, 61]], "x"):
         with pytest.raises(SettingError, match="sampled_tokens must hold 4 token ids"):
             run(1, sampled_tokens=wrong_tokens)
+    with pytest.raises(SettingError, match="sampled_tokens must not hold the mask token 60"):
+        run(1, sampled_tokens=[[1, 2, 3, MASK]])
     filtered = [run(5, temperature=0.7, top_k=1)[0], run(6, temperature=0.7, top_k=1)[0], run(7, temperature=0.7, top_p=1e-6)[0]]
     assert all(f.equal(filtered[0]) for f in filtered)  # one token is left, whatever the seed
     greedy = run(5, temperature=1.0, do_sample=False)[0]
@@ -414,6 +418,42 @@ def test_llada2_forwards_once_more_where_editing_is_off():
     torch.manual_seed(0)
     b, _ = llada2.generate_cached(m, one(5), temperature=1.0, top_k=5, top_p=0.9, **options)
     assert a.equal(b)
+
+
+def test_arguments_in_every_form_that_the_authors_take():
+    """Stop ids in a tensor or an array, a list of none; filters that are off at -1 and above 1; ids that never come."""
+    m, options = model("sdar", 8), dict(mask_id=MASK, gen_length=24, block_length=4, temperature=0.0)
+    whole = sdar.block_diffusion_generate(m, one(6), **options)
+    first = int(whole[0, 6])
+    stopped = sdar.block_diffusion_generate(m, one(6), stopping_criteria_idx=[first], **options)
+    assert stopped.eq(MASK).any() and not whole.eq(MASK).any()
+    for ids in (torch.tensor([first]), np.array([first, 59]), (first,), [-1, first], torch.tensor([first, -1])):
+        assert sdar.block_diffusion_generate(m, one(6), stopping_criteria_idx=ids, **options).equal(stopped)
+    for ids in ([], [-1], None):
+        assert sdar.block_diffusion_generate(m, one(6), stopping_criteria_idx=ids, **options).equal(whole)
+    refused(lambda: sdar.block_diffusion_generate(m, one(6), stopping_criteria_idx=7, **options), "must be a list of token ids or None, got 7")
+    refused(lambda: sdar.block_diffusion_generate(m, one(6), stopping_criteria_idx=[0.5], **options), "stopping_criteria_idx[0] must be an integer >= -1")
+
+    def drawn(call, **filters):
+        torch.manual_seed(0)
+        out = call(one(6), temperature=1.0, **filters)
+        return out[0] if isinstance(out, tuple) else out
+
+    def sdar_(prompt, **more):
+        return sdar.block_diffusion_generate(m, prompt, **options | more)
+
+    def llada2_(prompt, **more):
+        return llada2.generate_cached(m, prompt, gen_length=24, block_length=8, mask_id=MASK, **dict(eos_id=-1) | more)
+
+    def v2(prompt, **more):
+        return fast_dllm_v2.generate(model("v2", 8), prompt, **dict(max_new_tokens=16, block_size=8, small_block_size=4, mask_id=MASK, stop_token=-1) | more)
+
+    for call, off in ((sdar_, dict(top_k=-1, top_p=2.0)), (llada2_, dict(top_k=-1, top_p=1.5, eos_early_stop=True)), (v2, dict(top_p=1.5))):
+        plain = dict(top_p=1.0)
+        assert drawn(call, **off).equal(drawn(call, **plain))
+        refused(lambda call=call: drawn(call, top_p=0.0), "top_p must be a number in (0, inf)")
+    for edits in (-1.0, math.inf):
+        assert llada2_(one(6), editing_threshold=edits)[0].equal(llada2_(one(6), editing_threshold=min(max(edits, 0.0), 1.0))[0])
 
 
 def refused(call, words: str) -> None:

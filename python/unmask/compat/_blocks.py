@@ -62,6 +62,23 @@ def bar(name: str, value: object) -> float:
     return min(max(float(number(name, value, -math.inf, math.inf, finite=False)), 0.0), 1.0)
 
 
+def filters(top_k: object, top_p: object) -> tuple[int | None, float | None]:
+    """top_k and top_p as a policy takes them. The authors' filters are off at top_k <= 0 and at top_p >= 1."""
+    k = None if top_k is None else integer("top_k", top_k, -1)
+    p = None if top_p is None else number("top_p", top_p, 0.0, math.inf, open_low=True, finite=False)
+    return k if k is not None and k > 0 else None, p if p is not None and p < 1.0 else None
+
+
+def stop_ids(name: str, ids: object) -> list[int]:
+    """A list, tuple, array or tensor of ids; -1 never occurs. None: no ids."""
+    if ids is None:
+        return []
+    listed = ids.tolist() if hasattr(ids, "tolist") else ids
+    if not isinstance(listed, (list, tuple, set, frozenset)):
+        raise SettingError(f"{name} must be a list of token ids or None, got {ids!r}")
+    return [integer(f"{name}[{i}]", s, -1) for i, s in enumerate(listed)]
+
+
 def ceil_to(n: int, size: int) -> int:
     return -(-n // size) * size
 

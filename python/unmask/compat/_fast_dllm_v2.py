@@ -30,7 +30,8 @@ class Call(_blocks.Call):
         p = self.given
         new = _new_tokens(p, max_new_tokens if max_gen_toks is None else max_gen_toks, max_length)
         _blocks.check_lengths(max_new_tokens=new, block_size=block_size, small_block_size=small_block_size)
-        integer("stop_token", stop_token, 0, (1 << 31) - 1)
+        integer("stop_token", stop_token, -1, (1 << 31) - 1)  # -1: never
+        _, kept_p = _blocks.filters(None, top_p)
         if block_size < 2 or block_size % small_block_size:
             raise SettingError(
                 f"block_size must be at least 2 and a multiple of small_block_size, got block_size={block_size}, small_block_size={small_block_size}"
@@ -38,7 +39,7 @@ class Call(_blocks.Call):
         sampled = float(number("temperature", temperature, 0.0, MAX_TEMPERATURE)) > 0
         self.policy = Policy(
             rule="llada2", knobs=dict(threshold=_blocks.bar("threshold", threshold)), temperature=float(temperature),
-            top_p=top_p if sampled else None, tempered=sampled,
+            top_p=kept_p if sampled else None, tempered=sampled,
         )  # fmt: skip
         self.mask_id, self.stop_token = mask_id, stop_token
         self.opens = p > 0 and p % block_size == 0  # the prefill's last logits give the token behind the prompt
@@ -46,7 +47,7 @@ class Call(_blocks.Call):
         end = (p // block_size + blocks) * block_size
         self.arguments = dict(
             length=end + 1 if blocks else p + int(self.opens), mask_id=mask_id, block=block_size, sub_block=small_block_size,
-            eos_ids=(stop_token,), shifted_window="block", block_done=self._done,
+            eos_ids=(stop_token,) if stop_token >= 0 else (), shifted_window="block", block_done=self._done,
         )  # fmt: skip
 
     def _done(self, row: Row) -> None:

@@ -20,20 +20,22 @@ class Call(_blocks.Call):
         gen_length = gen_length if max_gen_toks is None else max_gen_toks
         _blocks.check_lengths(block_length=block_length, gen_length=gen_length)
         self.prompt = _blocks.check_one_prompt(self.model, input_ids, mask_id)
-        integer("eos_id", eos_id, 0, (1 << 31) - 1)
+        integer("eos_id", eos_id, -1, (1 << 31) - 1)  # -1: never
         integer("max_post_steps", max_post_steps, 0, 1 << 16)
         sampled = float(number("temperature", temperature, 0.0, MAX_TEMPERATURE)) > 0
         knobs = dict(threshold=_blocks.bar("threshold", threshold), minimum=integer("num_to_transfer", num_to_transfer, 1, 1 << 20))
-        edits = number("editing_threshold", editing_threshold, 0.0, 1e30) < 1.0
+        kept_k, kept_p = _blocks.filters(top_k, top_p)
+        edit_threshold = _blocks.bar("editing_threshold", editing_threshold)
+        edits = edit_threshold < 1.0
         if edits:
-            knobs.update(edit_threshold=float(editing_threshold), max_post_steps=max_post_steps)
+            knobs.update(edit_threshold=edit_threshold, max_post_steps=max_post_steps)
         self.policy = Policy(
-            rule="edit" if edits else "llada2", knobs=knobs, temperature=float(temperature), top_p=top_p if sampled else None,
-            top_k=(top_k or None) if sampled else None, top_k_first=True, tempered=sampled,
+            rule="edit" if edits else "llada2", knobs=knobs, temperature=float(temperature), top_p=kept_p if sampled else None,
+            top_k=kept_k if sampled else None, top_k_first=True, tempered=sampled,
         )  # fmt: skip
         self.eos_id, self.end = eos_id, self.given + gen_length
         self.arguments = dict(
-            length=_blocks.ceil_to(self.end, block_length), mask_id=mask_id, block=block_length, eos_ids=(eos_id,) if eos_early_stop else (),
+            length=_blocks.ceil_to(self.end, block_length), mask_id=mask_id, block=block_length, eos_ids=(eos_id,) if eos_early_stop and eos_id >= 0 else (),
             eos_at_block_end=True, min_steps=_OneMore() if not edits and max_post_steps else lambda row: 0,
         )  # fmt: skip
 

@@ -30,7 +30,7 @@ class Call(_blocks.Call):
         integer("denoising_steps", denoising_steps, 1, 1 << 20)
         check_names("remasking_strategy", [remasking_strategy], STRATEGIES)
         self.prompt = _blocks.check_one_prompt(self.model, input_ids, mask_id, name)
-        self.stops = [integer(f"stopping_criteria_idx[{i}]", s, 0) for i, s in enumerate(stopping_criteria_idx or ())]
+        self.stops = _blocks.stop_ids("stopping_criteria_idx", stopping_criteria_idx)
         self.policy = _policy(remasking_strategy, confidence_threshold, temperature, top_k, top_p, do_sample, replay)
         self.arguments = dict(
             length=_blocks.ceil_to(self.given + gen_length, block_length), mask_id=mask_id, block=block_length,
@@ -55,9 +55,8 @@ class Call(_blocks.Call):
 
 def _policy(strategy: str, threshold: float, temperature: float, top_k: int, top_p: float, do_sample: bool, replay: bool) -> Policy:
     number("temperature", temperature, 0.0, MAX_TEMPERATURE)
-    integer("top_k", top_k, 0)
-    number("top_p", top_p, 0.0, 1.0, open_low=True)
-    if replay and (temperature != 1.0 or top_k or top_p < 1.0):
+    kept_k, kept_p = _blocks.filters(top_k, top_p)
+    if replay and (temperature != 1.0 or kept_k is not None or kept_p is not None):
         raise SettingError(f"sampled_tokens needs temperature=1, top_k=0 and top_p=1, got {temperature}, {top_k} and {top_p}")
     sampled = do_sample and temperature >= GREEDY and not replay
     rule, knobs = "sdar_static", {}
@@ -65,5 +64,5 @@ def _policy(strategy: str, threshold: float, temperature: float, top_k: int, top
         rule, knobs = "sdar_dynamic", dict(threshold=_blocks.bar("confidence_threshold", threshold))
     return Policy(
         rule=rule, score="leftmost" if strategy == "sequential" else "confidence", knobs=knobs, temperature=float(temperature) if sampled else 0.0,
-        top_k=(top_k or None) if sampled else None, top_p=top_p if sampled else None, top_k_first=True, tempered=sampled,
+        top_k=kept_k if sampled else None, top_p=kept_p if sampled else None, top_k_first=True, tempered=sampled,
     )  # fmt: skip

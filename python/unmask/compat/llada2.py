@@ -21,7 +21,8 @@ def generate_cached(
     new id)], "unmask": [position]}.
 
     model: block-causal, from `unmask.load`. input_ids: int64 [1, P]. attention_mask and further keywords are ignored, as in the authors'
-    code. Blocks are aligned to multiples of block_length from the first token, which is also the attention's block. threshold: masks with
+    code; so is LLaDA2.0's own `steps`, whose results are those of at least block_length steps. Blocks are aligned to multiples of
+    block_length from the first token, which is also the attention's block. threshold: masks with
     p > threshold commit, and if they are fewer than num_to_transfer, the best num_to_transfer instead. editing_threshold: decided
     tokens of the block, the prompt's excepted, are replaced where another has a higher p than this; from 1 on nothing is. max_post_steps:
     forwards at most of a block without masks. max_gen_toks: gen_length by another name. eos_early_stop: stop at the end of a block that holds eos_id. Forwards: one for the prompt's whole blocks, the

@@ -50,7 +50,7 @@ def block_diffusion_generate(
     sampled_tokens: replays a recorded run: per step the block's block_length tokens that were drawn; needs temperature=1, top_k=0, top_p=1.
     Differences: where a step's quota exceeds the masks that are left, all of them commit and nothing else (the authors' top-k overwrites
     decided and prompt tokens); the mask token is never predicted; prompt positions never change; ties go to the lowest index; samples come
-    from a counter-based generator seeded from torch's default one. Raises SettingError (a ValueError) for bad arguments.
+    from a counter-based generator seeded from torch's default one; the softmax is fp32 (JetAstra's is of the logits' dtype). Raises SettingError (a ValueError) for bad arguments.
     """
     call = Call(
         model, prompt.get("input_ids") if isinstance(prompt, Mapping) else prompt, mask_id, gen_length, max_gen_toks, block_length,
@@ -74,6 +74,8 @@ class _Replay:
             raise SettingError(f"sampled_tokens must hold {self.size} token ids per step: {error}") from None
         if self.tokens.dim() != 2 or self.tokens.shape[1] != self.size or bool(((self.tokens < 0) | (self.tokens >= vocab)).any()):
             raise SettingError(f"sampled_tokens must hold {self.size} token ids below {vocab} per step, got {list(self.tokens.shape)}")
+        if bool((self.tokens == loop.state.mask_id).any()):
+            raise SettingError(f"sampled_tokens must not hold the mask token {loop.state.mask_id}: it is never predicted here")
         rule: Any = loop.engine.rule
         rule.options, rule.scored = self.options, self.scored
 

@@ -13,7 +13,6 @@ from ...decode.engine import Commit
 from ...decode.state import Row
 from ...errors import SettingError
 from ...speculate.acceptance import Transform
-from ...values import number
 from .._fast_dllm_v2 import Call, Output
 from . import _run
 from .llada2 import ESTIMATORS
@@ -85,8 +84,6 @@ def generate_ssd_policy(
     call = Call(
         model, input_ids, max_new_tokens, max_gen_toks, max_length, mask_id, threshold, small_block_size, block_size, stop_token, top_p, temperature
     )
-    if top_p is not None:
-        number("top_p", top_p, 0.0, 1.0, open_low=True)
     options = _run.read(
         dict(
             ssd_ratio_tempering_factor=ssd_ratio_tempering_factor, min_ssd_span_length=min_ssd_span_length, cache_ver=cache_ver, draft_ver=draft_ver,
