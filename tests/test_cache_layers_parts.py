@@ -101,6 +101,47 @@ def test_rollout_is_the_product_of_the_layers(layout, monkeypatch):
     assert len(set(checked)) > 3
 
 
+@pytest.mark.parametrize("score", ["confidence", "margin", "entropy", "pc"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_d2_chooses_by_the_policys_score(layout, score, monkeypatch):
+    """The score of each undecided position in the first forward, times the density of decided ones around it; the block's positions first, but
+    for entropies, to which the authors add their highest, a negative number."""
+    model, seen = random(layout, 2, 6), []
+    frequencies = torch.rand(model.config.vocab_size, generator=torch.Generator().manual_seed(0)) / 50
+    likely = d2._D2._likely
+
+    def watched(self, row, masked):
+        picked = likely(self, row, masked)
+        seen.append((self._confidence[row.index].clone(), row.start, row.end, self._block[row.index], masked.clone(), picked))
+        return picked
+
+    monkeypatch.setattr(d2._D2, "_likely", watched)
+    prompt = list(range(5))
+    how = dict(policy="pc", frequencies=frequencies, variant="d2cache", clip=0.4) if score == "pc" else dict(policy="quota", score=score)
+    unmask.generate(model, prompt, max_new_tokens=12, steps=12, block_size=6, cache=D2(current_k=2, rollout_p=0.0), eos_stop=False, **how)
+    logits = model.logits(torch.tensor([prompt + [model.config.mask_id] * 12]))[0]
+    p = (logits.roll(1, 0) if model.config.shifted else logits)[5:].double().softmax(-1)
+    top = p.index_fill(1, torch.tensor([model.config.mask_id]), 0.0).sort(-1, descending=True)  # in the sums, but no candidate
+    want = {
+        "confidence": top.values[:, 0], "margin": top.values[:, 0] - top.values[:, 1], "entropy": (p * p.clamp_min(1e-300).log()).sum(-1),
+        "pc": (-top.values[:, 0] * torch.log(frequencies.double()[top.indices[:, 0]] + 1e-10)).clamp_max(0.4),
+    }[score]  # fmt: skip
+    for kept, start, end, (begin, stop), masked, picked in seen:
+        torch.testing.assert_close(kept[start:end].double(), want, rtol=1e-4, atol=1e-5)
+        undecided = masked[start:]
+        if undecided[: stop - start].any():  # the block goes on
+            ranked = kept[start:end].double() * d2.density(~undecided, 10.0)
+            ranked[: stop - start] += ranked.max()
+            among = undecided & (torch.arange(end - start) >= begin - start)
+            best = torch.where(among, ranked, -torch.inf).argsort(descending=True, stable=True)
+            inside = [i for i in best.tolist() if among[i]]
+            chosen = picked[start:].nonzero().flatten().tolist()
+            assert set(chosen) <= set(inside) and len(chosen) <= 2
+            if score != "entropy":
+                assert all(i < stop - start for i in chosen) or undecided[: stop - start].sum() < 2
+    assert len(seen) >= 10
+
+
 # --- dLLM-Cache: what it computes ------------------------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +165,25 @@ def test_work_is_skipped_not_thrown_away(layout, ratio, monkeypatch):
     assert sum(r.rows_forwarded for r in results) == pytest.approx(sum(
         (87 + 2 * sum(len(p) * (n % 6 == 0) + (30 if n % 3 == 0 else int(ratio * 30)) for p in batch)) / 3 for n in range(15)
     ))  # fmt: skip
+
+
+@pytest.mark.parametrize("ratio, refreshed", [(0.25, True), (0.0, False)])
+def test_v_of_the_response_is_refreshed_though_nothing_of_it_is_computed(ratio, refreshed, monkeypatch):
+    """int(0.25 * 3) = 0 positions are computed anew between refreshes of the response; V of all of them follow what comes in, as in the code."""
+    model, seen = random("llada", 3, 1), []
+    run = NativeBackend._run
+
+    def watched(self, plan, shadow=False):
+        run(self, plan, shadow)
+        seen.append((self.cache.k.clone(), self.cache.v.clone()))
+
+    monkeypatch.setattr(NativeBackend, "_run", watched)
+    cache = DLLM(prompt_every=1, response_every=9, ratio=ratio)
+    unmask.generate(model, [3, 4], max_new_tokens=3, steps=3, block_size=3, policy="quota", cache=cache, eos_stop=False)
+    (k1, v1), (k2, v2), _ = seen
+    behind, response = slice(1, None), slice(2, 5)  # layers behind the first
+    assert torch.equal(k1[behind, 0, :, response], k2[behind, 0, :, response])
+    assert torch.equal(v1[behind, 0, :, response], v2[behind, 0, :, response]) != refreshed
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -88,7 +88,7 @@ def literal_carry(model, prompt, new, steps, threshold):
         for rank, j in enumerate(order):
             if rank and score[j] < threshold:
                 left += 1
-                extra += i == steps - 1
+                extra = int(i == steps - 1)  # theirs: `steps += 1` in this loop, after which i is the last step no more
             else:
                 x[0, j] = token[j]
         if extra:

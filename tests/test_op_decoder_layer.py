@@ -218,6 +218,12 @@ def test_faults_are_reported_where_they_are():
     assert entry_status.tolist() == [0, int(Status.BAD_ROW)]
 
 
+def test_entries_without_tokens_have_a_status():
+    call = build(sizes=(0,), padding=0)
+    call.kv_row[0] = 3
+    assert run(call, ours)[-1].tolist() == [int(Status.BAD_ROW)]
+
+
 def ordinary(call: Call, name: str) -> torch.Tensor:
     return getattr(build(), name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 from typing import Any
 
@@ -12,12 +13,15 @@ from safetensors.torch import load_file
 
 import golden_runs
 from golden_runs import BLOCK_FAMILIES, GOLDEN
+from random_models import make
 from s2d2_kit import LIMIT
 from unmask.compat.s2d2 import _run, fast_dllm_v2, llada2, sdar
 from unmask.errors import SettingError
+from unmask.models.backbone import full_forward
 from unmask.models.model import Model
 from unmask.speculate import s2d2_rule
 from unmask.speculate.acceptance import Recorded
+from unmask.speculate.s2d2_backend import S2D2Backend
 from unmask.speculate.s2d2_options import ESTIMATORS
 
 FUNCTIONS: dict[str, tuple[Any, str, str]] = {
@@ -161,7 +165,7 @@ GENERATE = dict(mask_id=383)
         ("sdar", dict(do_verify_policy="always"), "do_verify_policy"), ("sdar", dict(do_verify_score_type="ratio"), "do_verify_score_type"),
         ("sdar", dict(token_acceptance_estimator="x"), "token_acceptance_estimator"),
         ("sdar", dict(remasking_strategy="entropy_bounded"), "remasking_strategy"),
-        ("sdar", dict(min_ssd_span_length=-1), "min_ssd_span_length"), ("sdar", dict(ssd_ratio_tempering_factor=-1), "ssd_ratio_tempering_factor"),
+        ("sdar", dict(min_ssd_span_length=1.5), "min_ssd_span_length"), ("sdar", dict(ssd_ratio_tempering_factor=-1), "ssd_ratio_tempering_factor"),
         ("sdar", dict(uniforms=[[0.5]]), r"uniforms\[0\] must hold 6 numbers"), ("sdar", dict(uniforms=[[2.0] * 6]), r"uniforms\[0\]"),
         ("sdar", dict(uniforms=[]), "uniforms must hold a list per verification"), ("sdar", dict(uniforms=5), "list of numbers"),
         ("sdar", dict(uniforms=[[0.999999] * 6] * 99, resampled=[]), "resampled must hold a token"), ("sdar", dict(resampled=[384]), r"resampled\[0\]"),
@@ -200,3 +204,44 @@ def test_the_authors_functions_return_what_theirs_do(golden_models):
         for _ in range(2)
     ]
     assert all(383 not in s for s in sampled)
+
+
+@pytest.mark.parametrize("cache_ver", [False, True])
+@pytest.mark.parametrize("prompt", [1, 3])
+def test_sdar_stores_a_block_as_its_last_draft_saw_it(prompt, cache_ver, monkeypatch):
+    """draft_ver: tokens before the draft's first mask see no further than themselves, and their K/V are stored so; cache_ver: all of them."""
+    m = make(seed=2, n_layers=3, qk_norm=True, visibility="block_causal", block_size=4, family="sdar")
+    stored, store = [], S2D2Backend.store
+
+    def watched(self, row, start, end):
+        stored.append((self, end))
+        return store(self, row, start, end)
+
+    monkeypatch.setattr(S2D2Backend, "store", watched)
+    ids = torch.arange(7, 7 + prompt)[None]
+    x = sdar.block_diffusion_generate(
+        m, ids, mask_id=60, gen_length=12 - prompt, block_length=4, denoising_steps=1, temperature=0.0, draft_ver=True, cache_ver=cache_ver,
+        min_ssd_span_length=99,
+    )  # fmt: skip
+    backend, end = stored[0]
+    assert end == 4
+    f = full_forward(x[:, :4], 4)  # one step decides the block: its first mask stood behind the prompt
+    place = torch.arange(f.pos.shape[0])
+    causal = place < (4 if cache_ver else prompt)
+    wanted = m.new_cache(1, 4)
+    m.backbone(dataclasses.replace(f, q_end=torch.where(causal, place + 1, f.q_end)), wanted)
+    for got, want in ((backend.cache.k, wanted.k), (backend.cache.v, wanted.v)):
+        torch.testing.assert_close(got[:, 0, :, :4], want[:, 0, :, :4], rtol=1e-5, atol=1e-5)
+    whole = m.new_cache(1, 4)
+    m.backbone(f, whole)
+    assert prompt == 1 and not cache_ver or not torch.allclose(whole.k[1:, 0], wanted.k[1:, 0], atol=1e-4)
+
+
+def test_filters_may_be_absent_and_counts_extreme(golden_models):
+    ids = torch.tensor([list(range(20, 30))])
+    options = dict(mask_id=383, gen_length=8, temperature=0.8, do_sample=False)
+    for more in (dict(top_p=None, top_k=None), dict(top_p=1.5, top_k=-1), dict(ucb_entropy_bins=0, ucb_span_length_bins=-3), dict(min_ssd_span_length=1 << 40)):
+        torch.manual_seed(0)
+        assert sdar.block_diffusion_generate(golden_models["sdar"], ids, **options | more).shape[1] >= 18
+    more = dict(mask_id=383, eos_id=-1, block_length=8, gen_length=16, temperature=1e-7)
+    assert llada2.generate_ssd_policy(golden_models["llada2"], ids, **more)[0].shape[1] == 26

@@ -138,7 +138,9 @@ int64_t live_tokens(const Tensor& row) {
 
 void zero_rows(Tensor& t, int64_t from) {
   const int64_t row = t.size(1) * (dtype_code(t) == 0 ? 4 : 2);
-  std::memset(static_cast<char*>(t.mutable_data_ptr()) + from * row, 0, static_cast<size_t>((t.size(0) - from) * row));
+  if (from < t.size(0))
+    std::memset(static_cast<char*>(t.mutable_data_ptr()) + from * row, 0,
+                static_cast<size_t>((t.size(0) - from) * row));
 }
 
 // Heads [first, first + n) of every token in t [T, all heads x D], dense: a view.
@@ -160,20 +162,26 @@ Tensor decoder_layer(const Tensor& x, Tensor residual, Tensor k_cache, Tensor v_
                                       mlp_norm, q_norm, k_norm, inv_freq, row, pos, slot, cu_q, kv_row, seg, q_end,
                                       mask, eps, scale, token_status, entry_status);
   Tensor y = empty_as<2>({s.tokens, s.width}, x);
-  if (s.tokens == 0) return y;
+  Tensor q = empty_as<3>({s.tokens, s.q_heads, s.dim}, x);
+  Tensor attended = empty_as<2>({s.tokens, s.q_heads * s.dim}, x);
+  Tensor lse = empty<2>({s.tokens, s.q_heads}, ScalarType::Float);
+  const auto attend = [&] {
+    block_attention_into(q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, entry_status, attended, lse);
+  };
+  if (s.tokens == 0) {
+    attend();  // entries without tokens have a status too
+    return y;
+  }
   const int64_t live = live_tokens(row);
   norm_into(x, &residual, attn_norm, eps, live, y);
   zero_rows(y, live);
 
   Tensor projected = packed_linear(y, qkv);
   if (qkv_bias) add_rows(projected, *qkv_bias, live);
-  Tensor q = empty_as<3>({s.tokens, s.q_heads, s.dim}, x);
   rope_append_into(heads_of(projected, 0, s.q_heads, s.dim), heads_of(projected, s.q_heads, s.kv_heads, s.dim),
                    heads_of(projected, s.q_heads + s.kv_heads, s.kv_heads, s.dim), k_cache, v_cache, row, pos, slot,
                    std::nullopt, q_norm, k_norm, inv_freq, eps, token_status, q);
-  Tensor attended = empty_as<2>({s.tokens, s.q_heads * s.dim}, x);
-  Tensor lse = empty<2>({s.tokens, s.q_heads}, ScalarType::Float);
-  block_attention_into(q, k_cache, v_cache, cu_q, kv_row, seg, q_end, mask, scale, entry_status, attended, lse);
+  attend();
 
   norm_into(packed_linear(attended, o), &residual, mlp_norm, eps, live, y);
   if (!gate_up) return y;

@@ -71,7 +71,8 @@ Tensor first_rows(const Tensor& t, int64_t rows) {
 
 Tensor zeros(int64_t rows, int64_t width, const Tensor& like) {
   Tensor t = empty_as<2>({rows, width}, like);
-  std::memset(t.mutable_data_ptr(), 0, static_cast<size_t>(rows * width) * (dtype_code(like) == 0 ? 4 : 2));
+  const auto bytes = static_cast<size_t>(rows * width) * (dtype_code(like) == 0 ? 4 : 2);
+  if (bytes > 0) std::memset(t.mutable_data_ptr(), 0, bytes);
   return t;
 }
 

@@ -36,7 +36,7 @@ class _Budget:
 
 class CarryOver(Rule):
     """Step i may commit cap = masks / steps + what earlier steps left over: of the cap best positions those with score >= threshold, and
-    always the best. What falls short at the last step gets a step each, with no new quota; they run even if fewer suffice.
+    always the best. Where the last step falls short one more follows, with no new quota, and so on.
 
     Source: NVlabs/Fast-dLLM, dream/model/generation_utils.py (alg="confidence_threshold"); each row has its own budget, where their code
     takes one row only.
@@ -66,5 +66,5 @@ class CarryOver(Rule):
         short = budget.cap - (self._masks[row.index] - left)
         self._masks[row.index], budget.left = left, max(short, 0)
         if row.step >= budget.steps and short > 0:
-            budget.each, budget.steps = 0, budget.steps + short
+            budget.each, budget.steps = 0, budget.steps + 1
         return row.step >= budget.steps

@@ -27,7 +27,8 @@ def generate(
     the positions, minus (position + 0.5) for a token that opens a block, "total_forward_steps"}.
     Differences: a prompt of exactly block_size tokens is seen (the authors' code drops it: it prefills from block_size + 1 on); the mask
     token is never predicted; prompt positions never change; ties go to the lowest index; samples come from a counter-based generator seeded
-    from torch's default one. Raises SettingError (a ValueError) for bad arguments.
+    from torch's default one; attention is causal over blocks of block_size (the model class's own `generate` keeps to blocks of 32 where
+    block_size does not divide 32; S2D2's copy does as here). Raises SettingError (a ValueError) for bad arguments.
     """
     call = Call(
         model, input_ids, max_new_tokens, max_gen_toks, max_length, mask_id, threshold, small_block_size, block_size, stop_token, top_p, temperature

@@ -47,7 +47,7 @@ class Score:
 
     def __call__(self, step: StepView, stats: LogitStats, logits_dtype: torch.dtype) -> torch.Tensor:
         """float64 or float32 [N]."""
-        score = self._plain(step, stats, logits_dtype)
+        score = self.plain(step, stats, logits_dtype)
         if self.policy.certainty_sigma is not None:
             score = score.double() * self.certainty(step)
         if self.policy.position_bias:
@@ -55,7 +55,8 @@ class Score:
         # a position that a function scores NaN comes last: left out, it would stay masked for ever
         return torch.where(score.isnan(), -torch.inf, score) if self.name == "hook" else score
 
-    def _plain(self, step: StepView, stats: LogitStats, logits_dtype: torch.dtype) -> torch.Tensor:
+    def plain(self, step: StepView, stats: LogitStats, logits_dtype: torch.dtype) -> torch.Tensor:
+        """Without certainty density and position bias."""
         if self.name == "hook":
             return hook_result(self.policy.score, step, "the score function")
         if self.name == "confidence":

@@ -20,6 +20,7 @@ class S2D2Backend(NativeBackend):
     """A model with room behind its canvas for verifications, and, with cache_ver or draft_ver, the forwards that these ask for.
 
     causal_until: for draft_ver, up to which position (exclusive) the tokens of a row's block see token-causally; None = its first mask.
+    stores_as_drafted: without cache_ver a finished block is stored as its last draft saw it, not seeing all of itself (SDAR's code does).
     """
 
     def __init__(self, model: Model, state: DecodeState, mask_id: int, options: Options, attention_block: int | None = None):
@@ -29,7 +30,9 @@ class S2D2Backend(NativeBackend):
             self.attention_block = attention_block
         self.options = options
         self.causal_until: Callable[[Row], int] | None = None
+        self.stores_as_drafted = False
         self._storing = False
+        self._drafted: dict[int, tuple[int, int | torch.Tensor]] = {}  # per row: its block's begin, and `until` of its last draft
 
     def store(self, row: int, start: int, end: int) -> torch.Tensor:
         self._storing = True
@@ -59,7 +62,7 @@ class S2D2Backend(NativeBackend):
     def _causal(self, row: Row, pos: torch.Tensor) -> torch.Tensor:
         """bool [n]: which of a row's forwarded positions see no further than themselves."""
         if self._storing:
-            return torch.full_like(pos, self.options.cache_ver, dtype=torch.bool)
+            return self._stored_causal(row, pos)
         begin, end = attention_block(row, self.attention_block)
         before = pos < begin
         causal = before if self.options.cache_ver else torch.zeros_like(before)
@@ -71,4 +74,12 @@ class S2D2Backend(NativeBackend):
         else:  # stays on the device
             place = torch.arange(begin, end, device=pos.device)
             until = torch.where(self.state.masked[row.index, begin:end], place, end).amin()
+        self._drafted[row.index] = begin, until
         return causal | (~before & (pos < until))
+
+    def _stored_causal(self, row: Row, pos: torch.Tensor) -> torch.Tensor:
+        """The same for positions that are stored: a whole prompt, or a finished block."""
+        begin, until = self._drafted.get(row.index, (-1, 0))
+        if self.options.cache_ver or not self.stores_as_drafted or row.stored != begin:
+            return torch.full_like(pos, self.options.cache_ver, dtype=torch.bool)
+        return (pos >= begin) & (pos < until)

@@ -15,6 +15,7 @@ from ...models.model import Model
 from ...speculate.acceptance import Keyed, Recorded, Transform
 from ...speculate.s2d2 import Parts, S2D2Backend, S2D2Engine
 from ...speculate.s2d2_options import ESTIMATORS, Options
+from ...values import as_integer
 from .._blocks import BlockLoop, one_row
 
 ROUTES = {
@@ -31,6 +32,8 @@ NAMES = {
     "cache_ver": "cache_ver", "draft_ver": "draft_ver",
 }  # fmt: skip
 """The authors' argument -> our option."""
+COUNTS = ("min_span", "ucb_span_bins", "ucb_progress_bins", "ucb_entropy_bins")
+MOST = 1 << 20  # of these counts; more is the same, since no block is as long
 
 
 def read(
@@ -42,8 +45,10 @@ def read(
     check_names("do_verify_score_type", [do_verify_score_type], COSTS)
     check_names("token_acceptance_estimator", [token_acceptance_estimator], estimators)
     options = {NAMES[name]: value for name, value in authors.items()}
-    if options.get("min_span", 1) == 0:
-        options["min_span"] = 1  # there is no span of 0 masks to verify
+    for name in COUNTS:  # none is the least that means anything, and the authors take what is below for it
+        value = as_integer(options.get(name))
+        if value is not None:
+            options[name] = min(max(value, 1), MOST)
     try:
         options.update(route=ROUTES[do_verify_policy], cost=COSTS[do_verify_score_type], estimator=token_acceptance_estimator, **ours)
         return Options(**options)
@@ -83,12 +88,14 @@ def prepare(
     cache: str = "block",
     quotas: list[int] | None = None,
     note: Callable[[Commit], object] | None = None,
+    stores_as_drafted: bool = False,
     **engine: Any,
 ) -> SpeculativeLoop:
-    """As `_blocks.prepare`. transform: the verifier's."""
+    """As `_blocks.prepare`. transform: the verifier's. stores_as_drafted: as of S2D2Backend."""
     keyed = policy.sampled or uniforms is None or resampled is None
     state = one_row(model, prompt, length, mask_id, sub_block or block, quotas, keyed)
     backend = S2D2Backend(model, state, mask_id, options, attention_block=block)
+    backend.stores_as_drafted = stores_as_drafted
     draws = Recorded(Keyed(state.seeds), uniforms, resampled, model.config.vocab_size)
 
     def verified() -> None:

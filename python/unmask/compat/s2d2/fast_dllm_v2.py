@@ -76,7 +76,7 @@ def generate_ssd_policy(
     nothing without draft_ver. Further keywords, tokenizer and stopping_criteria are ignored, as there.
     Differences: as of `compat.fast_dllm_v2`; ratio and uniform are compared in float64; the token before the block is forwarded with it, so a block's
     first position can be predicted. Refused: use_ssd_cache (not implemented there either), output_scores, output_hidden_states, draft_ver with
-    use_block_cache (the authors' mask does not fit). Raises SettingError (a ValueError) for bad arguments.
+    use_block_cache (the authors' mask then holds in a block's first forward only). Raises SettingError (a ValueError) for bad arguments.
     """
     for name, given in (("use_ssd_cache", use_ssd_cache), ("output_scores", output_scores), ("output_hidden_states", output_hidden_states)):
         if given:

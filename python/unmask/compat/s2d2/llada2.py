@@ -8,10 +8,12 @@ import torch
 
 from ...decode.engine import Commit
 from ...speculate.acceptance import Transform
+from .._blocks import filters
 from .._llada2 import Call
 from . import _run
 
 ESTIMATORS = ("hard_margin_threshold", "soft_entropy_negexp", "soft_renyi_2_entropy")
+UNTEMPERED = 1e-6  # the authors' q is that of temperature 0 up to here, their draft is not
 POLICIES = ("mask_span_length", "score_threshold", "score_hysteresis")
 
 
@@ -81,7 +83,8 @@ def generate_ssd_policy(
         return {"edit": sorted((position, old, new) for position, old, new, _ in c.edited), "unmask": settled}
 
     # top_p and top_k shape q and the estimators at temperature 0 too
-    transform = Transform(float(temperature), 1.0 if top_p is None else top_p, top_k or 0, True)
+    kept_k, kept_p = filters(top_k, top_p)
+    transform = Transform(float(temperature) if temperature > UNTEMPERED else 0.0, kept_p or 1.0, kept_k or 0, True)
     loop = call.start(
         _run.prepare, options, uniforms=uniforms, resampled=resampled, transform=transform, block_done=call.store, note=note, empty_turns_off=True
     )

@@ -8,7 +8,7 @@ import torch
 
 from ...decode.engine import Commit
 from ...speculate.acceptance import Transform
-from .._blocks import bar
+from .._blocks import bar, filters
 from .._sdar import GREEDY, Call
 from . import _run
 
@@ -70,7 +70,8 @@ def block_diffusion_generate(
     authors' names. decoding_order: per step, "|" first where nothing of the block is decided yet, then positions: n accepted, n + 0.5 drawn anew,
     n + 0.2 by ssd_ratio_threshold, -n - 0.4 by always_check_high_confidence, -n by the remasking strategy. With do_sample=False drafts are argmax
     and p the plain softmax, while the verifier's q follows temperature, top_k and top_p unless temperature is 0, as in the authors' code.
-    allow_resample=False: the first rejected position gets the draft token. Further keywords and attention_mask are ignored, as there.
+    allow_resample=False: the first rejected position gets the draft token. draft_ver without cache_ver: a finished block is stored as its last
+    draft saw it, token-causally up to the first mask of then, as in the authors' code. Further keywords and attention_mask are ignored, as there.
     Differences: as of `compat.sdar`; the verification forwards no token behind the span, which changes nothing; a step always commits
     something; remasking_strategy="entropy_bounded" is refused (the authors' sums a probability, not a distribution); ratio and uniform are
     compared in float64. Raises SettingError (a ValueError) for bad arguments.
@@ -107,8 +108,9 @@ def block_diffusion_generate(
 
     opened = [-1]
     plain = temperature < GREEDY
+    kept_k, kept_p = filters(top_k, top_p)
     loop = call.start(
-        _run.prepare, options, uniforms=uniforms, resampled=resampled, note=note,
-        transform=Transform() if plain else Transform(float(temperature), top_p, top_k, True),
+        _run.prepare, options, uniforms=uniforms, resampled=resampled, note=note, stores_as_drafted=True,
+        transform=Transform() if plain else Transform(float(temperature), kept_p or 1.0, kept_k or 0, True),
     )  # fmt: skip
     return call.run(trim_stop_tokens, return_forward_stats)

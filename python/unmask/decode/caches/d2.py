@@ -4,9 +4,11 @@ The first forward of a row takes everything. After a step, the next one forwards
 
 1. the current_k undecided positions of the highest confidence times certainty density, those of the row's block first. They are looked for
    from the block's start to the current_k-th undecided position, rounded up to a multiple of m positions from the region's start, where m is
-   the number of positions that the block had undecided at this step. Confidence is that of the row's first forward. (Both are what the authors'
-   code does: its block mask holds undecided positions only, and its update of the confidences never takes effect.) Density: Gaussian share of
-   decided positions around it, as of Settings.certainty_sigma;
+   the number of positions that the block had undecided at this step. Confidence is the policy's score (confidence, margin, entropy, pc; for
+   others the confidence) at the row's first forward. (Both are what the authors' code does: its block mask holds undecided positions only,
+   and its update of the confidences never takes effect.) Density: Gaussian share of decided positions around it, as of
+   Settings.certainty_sigma. Entropies are negative: what the authors' code adds to put the block's positions first puts them back there, and
+   does so here;
 2. the positions that this step decided;
 3. of all others the smallest set that attention rollout gives the share rollout_p of what it gives them all, at least one: with A the mean of
    a layer's attention over its heads, the product over layers of (A + I) / 2 (rows that were not forwarded: I), summed over queries;
@@ -16,7 +18,8 @@ K and V of what is forwarded are rewritten; those of all others stay as they are
 i - 1, so (1) forwards that one instead of i, and the last position before the region only where (1) wants it, as the authors' Dream code does.
 
 Differences from the authors' code: rows of a batch forward sets of their own sizes (they top up the smaller ones to the largest); a position
-that was not recomputed is no candidate (there it has probability 1 / vocabulary); (1) takes at least one position of the row's block.
+that was not recomputed is no candidate (there it has probability 1 / vocabulary); (1) takes at least one position of the row's block; where
+tokens are drawn, confidence is still that of the likeliest.
 One read of the device per step more than without a cache: the positions chosen.
 """
 
@@ -28,6 +31,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from ...errors import SettingError
+from ..rules.base import StepView
+from ..scores import Score
 from ._layers import QueryKeeper, received
 from .base import Cache, CacheRule, CacheRun, Runs, runs_of
 
@@ -36,9 +41,10 @@ if TYPE_CHECKING:
     from ...ops import LogitStats
     from ..backend import Plan
     from ..policy import Policy
-    from ..rules.base import StepView
     from ..state import Row
 
+SCORED = ("margin", "entropy", "pc")
+"""Scores of a policy that take the place of the confidence."""
 REFUSED = {
     "slowfast": "its stretch may hold none of the positions that this cache recomputes",
     "edit": "it corrects decided tokens, and this cache recomputes few of them",
@@ -95,7 +101,8 @@ class _D2(Cache):
         self.runner = None if rule.refresh == 1 else self._queries
         canvas = run.state.canvas
         self._suppress = torch.tensor(run.policy.suppress, dtype=torch.int64, device=run.device) if run.policy.suppress else None
-        self._confidence = torch.zeros(canvas.shape, dtype=torch.float32, device=run.device)  # of each position at its row's first forward
+        self._confidence = torch.full(canvas.shape, -torch.inf, dtype=torch.float32, device=run.device)  # of each position at its row's first forward
+        self._score = Score(run) if run.policy.score in SCORED else None
         self._rollout = torch.zeros(canvas.shape, dtype=torch.float32, device=run.device)
         self._before, self._masked = canvas, run.state.masked  # as the last forward saw them
         self._block: dict[int, tuple[int, int]] = {}  # of each row, at its last forward
@@ -134,7 +141,7 @@ class _D2(Cache):
         self._queries.layers.clear()
 
     def _note_confidence(self, step: StepView) -> None:
-        """The probabilities of the likeliest tokens, of every undecided position of the rows whose first forward this was."""
+        """The scores of the likeliest tokens, of every undecided position of the rows whose first forward this was."""
         from ..backend import make_plan  # which imports this package
 
         state, backend, plan = self.run.state, self.run.backend, step.plan
@@ -144,9 +151,11 @@ class _D2(Cache):
         entries = tuple((*where, *span) for (*where, _, _), span in zip(plan.entries, spans, strict=True))
         wide = make_plan(state, entries, backend.shifted, plan.runs, plan.keys)
         keep, backend.keep_logits = backend.keep_logits, False  # a rule's logits of this step stay as they are
-        stats = backend.reduce(wide, state.masked.view(-1).index_select(0, wide.cand_flat), suppress=self._suppress)
+        masked = self._masked.view(-1).index_select(0, wide.cand_flat)
+        stats = backend.reduce(wide, masked, suppress=self._suppress)
         backend.keep_logits = keep
-        self._confidence.view(-1).index_copy_(0, wide.cand_flat, stats.confidence.float())
+        score = stats.confidence if self._score is None else self._score.plain(StepView(state, step.rows, wide, False), stats, backend.logits_dtype)
+        self._confidence.view(-1).index_copy_(0, wide.cand_flat, torch.where(masked, score.float(), -torch.inf))
 
     def moved(self, rows: list[Row]) -> None:
         rows = [row for row in rows if not self._whole(row)]
@@ -184,9 +193,12 @@ class _D2(Cache):
         step = self._masked[row.index, begin:stop].sum().clamp_min(1)
         last = (region.cumsum(0) < k).sum().clamp_max(end - start - 1)  # the k-th undecided position, the last one where there are fewer
         among = region & (place < (last // step + 1) * step)
-        score = self._confidence[row.index, start:end].double() * density(~region, float(self.rule.sigma))
-        order = torch.argsort(torch.where(among, score, -torch.inf), descending=True, stable=True)
+        confidence = self._confidence[row.index, start:end].double()
+        score = torch.where(confidence == -torch.inf, confidence, confidence * density(~region, float(self.rule.sigma)))
+        order = self._ranked(score, among)
         first = self._first(order, among & (place < stop - start), k)
+        if self.run.policy.score == "entropy":
+            first = self._ranked(torch.where(place < stop - start, score + score.max(), score), among)[:k]
         own = among & (place < row.block_end - start)  # another block where the step ended the one before
         plain = first if stop == row.block_end else order[:k]
         chosen = torch.where(own[plain].any(), plain, self._first(order, own, k))
@@ -194,6 +206,11 @@ class _D2(Cache):
         picked[start:].index_fill_(0, chosen, True)
         picked[start:] &= among
         return picked
+
+    @staticmethod
+    def _ranked(score: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+        """int64 [n]: the positions, those of `among` first, in falling order of score."""
+        return torch.argsort(torch.where(among, score, -torch.inf), descending=True, stable=True)
 
     @staticmethod
     def _first(order: torch.Tensor, preferred: torch.Tensor, k: int) -> torch.Tensor:

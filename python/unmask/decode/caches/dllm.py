@@ -1,10 +1,11 @@
 """dLLM-Cache (arXiv 2506.06295; maomaocun/dLLM-Cache, dllm_cache/hooks): every layer keeps what its attention and its MLP gave each position,
 and adds those again where it does not compute them anew.
 
-Prompt (everything before the row's region) and response (the region) are refreshed at their own intervals, and always both in the first layer
-and at the first forward of a row. Between refreshes of the response a layer computes V of all its positions from what comes in, compares it with
-the V that it has kept, and computes Q, K, attention and MLP anew for the floor(ratio * length) positions whose V has turned the most (cosine,
-ties: the first positions). New V are kept for all of them, K for those alone. ratio = 0: nothing of the response is computed between refreshes.
+Prompt (everything before the row's region) and response (the region) are refreshed at their own intervals, and always both at the first
+forward of a row and in the first layer (as in d2Cache's port; the original counts forwards in all layers alike). Between refreshes of the
+response a layer computes V of all its positions from what comes in, compares it with the V that it has kept, and computes Q, K, attention and
+MLP anew for the floor(ratio * length) positions whose V has turned the most (cosine, ties: the first positions). New V are kept for all of
+them, also where that number is 0, K for those alone. ratio = 0: nothing of the response is computed between refreshes.
 
 | n-th forward of a row, n = 1, 2, ... | refreshed |
 |---|---|
@@ -80,7 +81,7 @@ class _Parts:
             fixed = (range(first, first + row.start) if due[0] else range(0), range(first + row.start, first + end) if whole else range(0))
             mine = [i for part in fixed for i in part]
             picks = 0 if whole else count
-            if picks:
+            if rule.ratio > 0 and not whole:  # V of all of them are refreshed, also where no position is computed anew
                 choose += range(first + row.start, first + end)
                 table.append(list(range(seen, seen + length)))
                 self.sizes.append(picks)
