@@ -4,8 +4,8 @@ A weight [N, K] is kept as int8 with one scale a row (symmetric, absmax / 127). 
 plain activations, `_weight_int8pack_mm`, takes 2-3x the time of the packed bf16 product at 16-64 rows and 30x that of the fp32 one; its
 product of two int8 matrices (FBGEMM, weights packed once) takes half of bf16's. So a row of activations is written as two int8 digits, x = s (h +
 l / 254) with h, l in -127..127 and s the row's absmax / 127, and both go through that product: the error of x is at most 1/64,500 of the
-row's largest, below the rounding of bf16. What is lost is lost in the weights alone, and from width 2048 on it takes 1.0-1.1x of bf16's time
-and 0.3-0.8x of fp32's at 16-32 rows; narrow products, where the digits themselves count, up to 1.9x (bench/bench_int8.py).
+row's largest, below the rounding of bf16. What is lost is lost in the weights alone, and from width 2048 on it takes 1.03-1.25x of bf16's time
+and 0.5-0.6x of fp32's at 16-64 rows; narrow products, where the digits themselves count, up to 1.9x (bench/bench_int8.py).
 
 The sums are integers, exact, so a row has the same bits in any batch and at any thread count. Everything private to torch is here, behind
 a check that the product is exact at its extremes (it saturates on CPUs without VNNI).
