@@ -6,7 +6,7 @@ from ctypes import POINTER, c_double, c_float, c_int64, c_void_p
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 import emulated
 from native import native
@@ -45,7 +45,6 @@ def ratio(call: Call, dense: tuple[bool, bool] = (False, False)) -> ops.RatioRes
 
 
 @given(greedy_calls())
-@settings(max_examples=60)
 def test_greedy_same_as_the_cpu_kernel(call):
     status, expected = (torch.full((len(call[3]),), 1, dtype=torch.int32) for _ in range(2))
     got, want = greedy(*call, status), native("verify_greedy")(*call, expected)
@@ -74,7 +73,6 @@ def test_greedy_more_nodes_than_a_warp():
 
 
 @given(ratio_calls())
-@settings(max_examples=60)
 def test_ratio_same_as_the_cpu_kernel(call):
     assert_explained(call, ratio(call), call.kernel())
 

@@ -33,10 +33,22 @@ inline Tensor empty_as(const std::array<int64_t, N>& sizes, const Tensor& like) 
   return empty_of_code<N>(sizes, shim_dtype(like));
 }
 
+// Another shape of t's memory, from element `offset` of its storage on; t begins at 0 of it.
+template <size_t N>
+inline Tensor view(const Tensor& t, const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides,
+                   int64_t offset = 0) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), N, sizes.data(), strides.data(), offset, &handle));
+  return Tensor(handle);
+}
+
 // How kernels name the three floating dtypes.
 inline int64_t dtype_code(const Tensor& t) {
   const int32_t code = shim_dtype(t);
   return code == shim_codes().float32 ? 0 : code == shim_codes().bfloat16 ? 1 : 2;
 }
+// Bytes of an element of one of the three.
+inline int64_t element_bytes(const Tensor& t) { return dtype_code(t) == 0 ? 4 : 2; }
 
 }  // namespace unmask::cpu

@@ -10,7 +10,6 @@
 // of nine calls from Python finds the interpreter, the dispatcher and the argument checks in memory again, a tenth of the layer at d 512
 // (docs/kernels/decoder_layer.md). Rows of padding (row -1, behind the last token) are not computed but zeroed, where that is cheaper.
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -137,7 +136,7 @@ int64_t live_tokens(const Tensor& row) {
 }
 
 void zero_rows(Tensor& t, int64_t from) {
-  const int64_t row = t.size(1) * (dtype_code(t) == 0 ? 4 : 2);
+  const int64_t row = t.size(1) * element_bytes(t);
   if (from < t.size(0))
     std::memset(static_cast<char*>(t.mutable_data_ptr()) + from * row, 0,
                 static_cast<size_t>((t.size(0) - from) * row));
@@ -145,11 +144,7 @@ void zero_rows(Tensor& t, int64_t from) {
 
 // Heads [first, first + n) of every token in t [T, all heads x D], dense: a view.
 Tensor heads_of(const Tensor& t, int64_t first, int64_t n, int64_t dim) {
-  const std::array<int64_t, 3> sizes{t.size(0), n, dim}, strides{t.size(1), dim, 1};
-  AtenTensorHandle view = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(t.get(), 3, sizes.data(), strides.data(), first * dim, &view));
-  return Tensor(view);
+  return view<3>(t, {t.size(0), n, dim}, {t.size(1), dim, 1}, first * dim);
 }
 
 Tensor decoder_layer(const Tensor& x, Tensor residual, Tensor k_cache, Tensor v_cache, const Tensor& qkv,

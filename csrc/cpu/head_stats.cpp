@@ -33,8 +33,7 @@ int64_t check_tiles(const Checker& check, const std::vector<Tensor>& tiles, Scal
 // The rows of hidden (dense rows) that exist, in the order of their entries, then rows of zeros up to a multiple of kPackedRows.
 Tensor gathered(const Tensor& hidden, const std::vector<int64_t>& rows) {
   const int64_t n = static_cast<int64_t>(rows.size()), padded = (n + kPackedRows - 1) / kPackedRows * kPackedRows;
-  const int64_t element = dtype_code(hidden) == 0 ? 4 : 2, bytes = hidden.size(1) * element,
-                step = hidden.stride(0) * element;
+  const int64_t element = element_bytes(hidden), bytes = hidden.size(1) * element, step = hidden.stride(0) * element;
   Tensor x = empty_as<2>({padded, hidden.size(1)}, hidden);
   const char* from = static_cast<const char*>(hidden.const_data_ptr());
   char* to = static_cast<char*>(x.mutable_data_ptr());

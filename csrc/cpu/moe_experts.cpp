@@ -8,7 +8,6 @@
 // products, silu_mul and moe_combine one by one. A denoise step goes through dozens of experts with one or two tokens each: two calls from
 // Python, a copy and a share of a concatenation for each took a fifth of the layer (docs/kernels/decoder_layer.md).
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <vector>
 
@@ -62,16 +61,12 @@ Groups grouped(const Checker& check, const std::vector<int64_t>& expert) {
 
 // The first `rows` rows of t [M, N], dense: a view, or t itself.
 Tensor first_rows(const Tensor& t, int64_t rows) {
-  if (rows == t.size(0)) return t;
-  const std::array<int64_t, 2> sizes{rows, t.size(1)}, strides{t.size(1), 1};
-  AtenTensorHandle view = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes.data(), strides.data(), 0, &view));
-  return Tensor(view);
+  return rows == t.size(0) ? t : view<2>(t, {rows, t.size(1)}, {t.size(1), 1});
 }
 
 Tensor zeros(int64_t rows, int64_t width, const Tensor& like) {
   Tensor t = empty_as<2>({rows, width}, like);
-  const auto bytes = static_cast<size_t>(rows * width) * (dtype_code(like) == 0 ? 4 : 2);
+  const auto bytes = static_cast<size_t>(rows * width * element_bytes(like));
   if (bytes > 0) std::memset(t.mutable_data_ptr(), 0, bytes);
   return t;
 }
@@ -123,7 +118,7 @@ Tensor moe_experts(const Tensor& x, const Tensor& expert, const Tensor& weight, 
   Tensor out = empty_as<2>({tokens, width}, x);
   if (tokens == 0 || width == 0) return out;
   const Tensor xd = dense(x);
-  const int64_t element = dtype_code(x) == 0 ? 4 : 2, bytes = width * element, step = xd.stride(0) * element;
+  const int64_t bytes = width * element_bytes(x), step = xd.stride(0) * element_bytes(x);
   const int64_t most = padded(g.largest);
   Tensor y = empty_as<2>({tokens * top_k, width}, x);  // a row per pair
   // The rows behind a group's own are padding: zeros, or what a longer group left there.
